@@ -1,0 +1,81 @@
+package kvm
+
+import (
+	"errors"
+	"fmt"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrDirtyRing means that a dirty ring cannot be mapped as asked.
+var ErrDirtyRing = errors.New("dirty ring")
+
+// dirtyGFN is struct kvm_dirty_gfn, one entry of a ring.
+type dirtyGFN struct {
+	flags  uint32 // dirtyGFN* bits; the kernel and HarvestDirty pass the entry by them
+	slot   uint32
+	offset uint64
+}
+
+const (
+	dirtyGFNDirty = 1 << 0 // the kernel filled it in
+	dirtyGFNReset = 1 << 1 // harvested
+
+	dirtyRingPage = 64 // KVM_DIRTY_LOG_PAGE_OFFSET
+)
+
+// dirtyRing is where KVM tells the pages that a VCPU wrote.
+type dirtyRing struct {
+	mapping []byte
+	entries []dirtyGFN
+	next    uint32 // the entry HarvestDirty looks at first, modulo len(entries)
+}
+
+func (r *dirtyRing) unmap() error {
+	if r.mapping == nil {
+		return nil
+	}
+	err := unix.Munmap(r.mapping)
+	*r = dirtyRing{}
+	return err
+}
+
+// DirtyRingEntrySize is the size in bytes of an entry of the dirty ring:
+// before the first VCPU is made, VM.EnableCap(CapDirtyLogRingAcqRel,
+// entries*DirtyRingEntrySize) turns rings on.
+const DirtyRingEntrySize = 16
+
+// MapDirtyRing maps the VCPU's dirty ring; entries is the power of two that
+// the VM's rings were enabled with.
+func (v *VCPU) MapDirtyRing(entries int) error {
+	if entries <= 0 || entries&(entries-1) != 0 || v.ring.mapping != nil {
+		return fmt.Errorf("%w: vCPU %d: %d entries is not a power of two, or it is mapped already", ErrDirtyRing, v.ID, entries)
+	}
+	mapping, err := unix.Mmap(v.fd, dirtyRingPage*pageSize, entries*DirtyRingEntrySize,
+		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("%w: vCPU %d: map %d entries: %w", ErrDirtyRing, v.ID, entries, err)
+	}
+	v.ring = dirtyRing{mapping: mapping, entries: dirtyGFNs(mapping)}
+	return nil
+}
+
+// HarvestDirty calls page for every page that the VCPU wrote since the last
+// harvest, by slot (with the address space in its upper 16 bits) and page
+// offset within the slot, and returns how many those were. ResetDirtyRings
+// gives their entries back to the kernel; until then the pages' further writes
+// are not told. One goroutine at a time may harvest, while the VCPU runs.
+func (v *VCPU) HarvestDirty(page func(slot uint32, offset uint64)) int {
+	n := 0
+	for ; n < len(v.ring.entries); n++ {
+		entry := &v.ring.entries[v.ring.next&uint32(len(v.ring.entries)-1)]
+		if atomic.LoadUint32(&entry.flags) != dirtyGFNDirty {
+			break
+		}
+		page(entry.slot, entry.offset)
+		atomic.StoreUint32(&entry.flags, dirtyGFNReset)
+		v.ring.next++
+	}
+	return n
+}
