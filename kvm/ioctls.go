@@ -26,6 +26,7 @@ const (
 	nrEnableCap           = 0x4068aea3
 	nrSignalMSI           = 0x4020aea5
 	nrClearDirtyLog       = 0xc018aec0
+	nrSetMSRFilter        = 0x4188aec6
 	nrResetDirtyRings     = 0xaec7
 	nrGetStatsFD          = 0xaece
 	nrRun                 = 0xae80

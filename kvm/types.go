@@ -242,8 +242,8 @@ type (
 		addressLo uint32
 		addressHi uint32
 		data      uint32
-		flags     uint32
-		devID     uint32
+		_         uint32 // flags
+		_         uint32 // device id
 		_         [12]byte
 	}
 	ioEventFD struct {
@@ -255,10 +255,10 @@ type (
 		_         [36]byte
 	}
 	enableCap struct {
-		cap   uint32
-		flags uint32
-		args  [4]uint64
-		_     [64]byte
+		cap  uint32
+		_    uint32 // flags
+		args [4]uint64
+		_    [64]byte
 	}
 	dirtyLog struct {
 		slot   uint32
