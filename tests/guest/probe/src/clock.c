@@ -40,19 +40,29 @@ static u64 khz_from_pm_timer(void)
 	return ticks ? cycles * PM_TIMER_HZ / ticks / 1000 : 0;
 }
 
-/* khz_from_pit uses channel 2 of the PIT, whose output can be read. */
-static u64 khz_from_pit(void)
+/*
+ * khz_from_lapic counts on the local APIC timer running at 1 GHz, as it does
+ * under KVM and QEMU: for machines that have little else.
+ */
+static u64 khz_from_lapic(void)
 {
-	const u32 count = 0xffff, hz = 1193182;
-	out8(0x61, (in8(0x61) & ~2) | 1);
-	out8(0x43, 0xb0); /* channel 2, mode 0 */
-	out8(0x42, count & 0xff);
-	out8(0x42, count >> 8);
-	u64 start = rdtsc(), cycles;
-	do
-		cycles = rdtsc() - start;
-	while (!(in8(0x61) & 0x20) && cycles < 10000000000ull);
-	return cycles * hz / count / 1000;
+	const u64 lapic = 0xfee00000, lvt = 0x320, initial = 0x380, current = 0x390, divide = 0x3e0;
+	mmio_write32(lapic + lvt, 0x10000); /* masked, one shot */
+	mmio_write32(lapic + divide, 0xb);  /* by 1 */
+	mmio_write32(lapic + initial, ~0u);
+	u64 before = rdtsc();
+	u32 first = mmio_read32(lapic + current);
+	u64 start = (before + rdtsc()) / 2;
+	u64 cycles, ticks;
+	do {
+		for (int i = 0; i < 20000; i++)
+			relax();
+		before = rdtsc();
+		ticks = first - mmio_read32(lapic + current);
+		cycles = (before + rdtsc()) / 2 - start;
+	} while (ticks < 20000000 && cycles < 10000000000ull);
+	mmio_write32(lapic + initial, 0);
+	return ticks ? cycles * 1000000 / ticks : 0;
 }
 
 u64 tsc_khz(void)
@@ -63,7 +73,7 @@ u64 tsc_khz(void)
 	if (!khz)
 		khz = khz_from_pm_timer();
 	if (!khz)
-		khz = khz_from_pit();
+		khz = khz_from_lapic();
 	return khz;
 }
 

@@ -10,12 +10,13 @@
  * fixed offsets.
  */
 #define IMAGE_BASE 0x200000
-#define TSS_OFF    0x0800
-#define STUB_OFF   0x0a00 /* 32 exception stubs, 16 bytes each */
-#define IDT_OFF    0x0c00
+#define STUB_OFF   0x0800 /* 32 exception stubs, 16 bytes each */
+#define IDT_OFF    0x0a00
 #define PML4_OFF   0x1000
 #define PDPT_OFF   0x2000
 #define PD_OFF     0x3000 /* four pages: 4 GiB in 2 MiB steps */
+#define TSS_OFF    0x7000 /* and the I/O bitmap, three pages */
+#define TSS_LIMIT  (104 + 8192)
 
 #define KCODE 0x08
 #define KDATA 0x10
@@ -96,7 +97,7 @@ gdt:
 	.quad 0x00cf93000000ffff /* KDATA */
 	.quad 0x00cff3000000ffff /* UDATA */
 	.quad 0x00affb000000ffff /* UCODE, 64-bit */
-	.quad 0x0000890000000067 | (((IMAGE_BASE + TSS_OFF) & 0xffffff) << 16)
+	.quad 0x0000890000000000 | TSS_LIMIT | (((IMAGE_BASE + TSS_OFF) & 0xffffff) << 16)
 	.quad 0
 gdt_end:
 gdt_pointer:
@@ -105,12 +106,6 @@ gdt_pointer:
 idt_pointer:
 	.word 32 * 16 - 1
 	.quad IMAGE_BASE + IDT_OFF
-
-	.org TSS_OFF
-	.long 0
-	.quad kernel_stack_top /* RSP0 */
-	.org TSS_OFF + 102
-	.word 104 /* no I/O bitmap: IOPL 3 allows all ports */
 
 	.set vector, 0
 	.rept 32
@@ -154,6 +149,19 @@ pdpt:
 	.quad step * 0x200000 + PTE_LARGE
 	.set step, step + 1
 	.endr
+
+	/*
+	 * IOPL 3 allows all ports, but some hosts lose it on the way (an IRETQ
+	 * that is interpreted may drop it), so the bitmap allows them too.
+	 */
+	.org TSS_OFF
+	.long 0
+	.quad kernel_stack_top /* RSP0 */
+	.org TSS_OFF + 102
+	.word 104 /* where the bitmap starts */
+	.org TSS_OFF + TSS_LIMIT
+	.byte 0xff
+	.balign 4096
 
 	.section .bss
 	.balign 16
