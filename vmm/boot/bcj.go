@@ -1,0 +1,108 @@
+package boot
+
+import (
+	"encoding/binary"
+	"io"
+)
+
+// x86Filter undoes the BCJ filter for x86 code: operands of CALL (E8) and JMP
+// (E9), made absolute to compress better, become relative again. Every encoder
+// and decoder must agree on what looks like an instruction, so the rules are
+// those of the LZMA SDK and .xz: an operand is converted only if its top byte
+// is 00 or FF, and the last few opcode-like bytes decide whether one is taken
+// to be part of an operand before it.
+type x86Filter struct {
+	r   io.Reader
+	err error // of r
+
+	buf      []byte
+	done     int // bytes of buf that are converted
+	returned int // bytes of buf, at most done, that the caller has
+
+	offset int64 // of buf[0] in the block
+	opcode int64 // where in the block the last opcode-like byte was
+	near   uint8 // bit n: n bytes before that was one more, left unconverted
+}
+
+const (
+	callLength     = 5 // E8 or E9 and 4 bytes of operand
+	x86FilterBytes = 64 << 10
+)
+
+func newX86Filter(r io.Reader) *x86Filter {
+	return &x86Filter{r: r, buf: make([]byte, 0, x86FilterBytes), opcode: -callLength}
+}
+
+func (f *x86Filter) Read(p []byte) (int, error) {
+	for f.returned == f.done {
+		if f.err != nil {
+			if f.done == len(f.buf) {
+				return 0, f.err
+			}
+			f.done = len(f.buf) // a tail too short for an instruction stays as it is
+			break
+		}
+		f.fill()
+	}
+	n := copy(p, f.buf[f.returned:f.done])
+	f.returned += n
+	return n, nil
+}
+
+// fill reads more of r, behind what is still too short to be converted.
+func (f *x86Filter) fill() {
+	f.offset += int64(f.done)
+	rest := copy(f.buf[:cap(f.buf)], f.buf[f.done:])
+	n, err := f.r.Read(f.buf[rest:cap(f.buf)])
+	f.buf, f.err = f.buf[:rest+n], err
+	f.done, f.returned = f.convert(), 0
+}
+
+// Of the bytes in near's lowest three bits: which of the operand's bytes decides
+// whether it may be converted, counted from its last; and where it never is.
+var (
+	nearByte   = [8]int{0, 1, 2, 2, 3, 3, 3, 3}
+	nearForbid = [8]bool{3: true, 5: true, 6: true, 7: true}
+)
+
+// convert works through buf and returns how many bytes it is done with.
+func (f *x86Filter) convert() int {
+	i := 0
+	for i+callLength <= len(f.buf) {
+		if f.buf[i]&0xFE != 0xE8 {
+			i++
+			continue
+		}
+		gap := f.offset + int64(i) - f.opcode
+		f.opcode += gap
+		if gap > 3 {
+			f.near = 0
+		} else {
+			f.near = f.near << (gap - 1) & 7
+		}
+		operand := f.buf[i+1 : i+callLength]
+		doubtful := f.near != 0 && (nearForbid[f.near] || signByte(operand[3-nearByte[f.near]]))
+		if doubtful || !signByte(operand[3]) {
+			f.near = f.near<<1 | 1
+			i++
+			continue
+		}
+		next := uint32(f.offset) + uint32(i) + callLength
+		v := binary.LittleEndian.Uint32(operand) - next
+		if f.near != 0 {
+			// The encoder kept the byte that decides from becoming 00 or FF.
+			shift := 8 * (3 - nearByte[f.near])
+			if signByte(byte(v >> shift)) {
+				v = v ^ (1<<(shift+8) - 1) - next
+			}
+		}
+		// Bit 24 is the sign of what fits into 25 bits.
+		v = uint32(int32(v<<7) >> 7)
+		binary.LittleEndian.PutUint32(operand, v)
+		i += callLength
+	}
+	return i
+}
+
+// signByte tells whether b is the top byte of a small number of either sign.
+func signByte(b byte) bool { return b == 0x00 || b == 0xFF }
