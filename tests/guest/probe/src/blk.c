@@ -5,6 +5,8 @@
 #define MAX_QD 256
 #define MAX_SEGMENTS 16 /* of data */
 #define PATIENCE_MS 20000
+#define UNASSIGNED 0xd8000000 /* in the PCI hole, where nothing is */
+#define BEYOND 0x0000fffffffff000 /* past all memory */
 
 enum { BLK_IN = 0, BLK_OUT = 1, BLK_FLUSH = 4, BLK_GET_ID = 8, BLK_DISCARD = 11, BLK_WRITE_ZEROES = 13 };
 enum { CONFIG_CAPACITY = 0, CONFIG_SEG_MAX = 12, CONFIG_BLK_SIZE = 20, CONFIG_NUM_QUEUES = 34 };
@@ -214,14 +216,20 @@ static void transfer(const struct work *w, const char *op)
 /*
  * evil breaks the rules of the queue in one way, reports whether the device
  * says so (DEVICE_NEEDS_RESET) and what it did with the request, then resets
- * it and reads a block as a good driver would.
+ * it and reads a block as a good driver would. Where the way needs an address
+ * that is no memory, addr=N or addr=self (the device's own registers) names it.
  */
 static void blk_evil(const struct work *w, const char *kind)
 {
 	u8 *data = dma_alloc(PAGE);
 	if (!data)
 		return fail("blk", "dma");
-	submit(0, BLK_IN, 0, data, PAGE, 1); /* three descriptors; nothing kicked yet */
+	q.hold = true; /* a device may look before it is told to */
+	submit(0, BLK_IN, 0, data, PAGE, 1); /* three descriptors */
+	u16 index = q.next;
+	u64 nowhere = number(w, "addr", UNASSIGNED);
+	if (same(word(w, "addr", ""), "self"))
+		nowhere = dev.common;
 	struct split_desc *d = q.desc;
 	if (same(kind, "loop"))
 		d[1].next = 1;
@@ -230,13 +238,13 @@ static void blk_evil(const struct work *w, const char *kind)
 	else if (same(kind, "next"))
 		d[0].next = q.size + 7;
 	else if (same(kind, "range"))
-		d[1].addr = 0x0000fffffffff000;
+		d[1].addr = BEYOND;
 	else if (same(kind, "wrap"))
 		d[1].addr = ~0ull - 100;
 	else if (same(kind, "length"))
 		d[1].len = 0xfffffe00;
 	else if (same(kind, "device"))
-		d[1].addr = 0xfee00000;
+		d[1].addr = nowhere;
 	else if (same(kind, "readonly"))
 		d[2].flags = 0;
 	else if (same(kind, "short"))
@@ -248,17 +256,18 @@ static void blk_evil(const struct work *w, const char *kind)
 	else if (same(kind, "head"))
 		q.avail->ring[0] = q.size + 3;
 	else if (same(kind, "jump"))
-		q.avail->idx = q.size * 8 + 5;
+		index = q.size * 8 + 5;
 	else if (same(kind, "mmio")) {
 		virtio_start(&dev, 0);
-		queue_place(&q, 0xfee00000, 0xe0000000, 0xfee00000);
+		queue_place(&q, nowhere, nowhere, nowhere);
 		virtio_ready(&dev);
 	} else if (same(kind, "beyond")) {
 		virtio_start(&dev, 0);
-		queue_place(&q, 0x0000fffffffff000, 0x0000ffffffffe000, 0x0000ffffffffd000);
+		queue_place(&q, BEYOND, BEYOND, BEYOND);
 		virtio_ready(&dev);
 	} else
 		return fail("blk", "evil");
+	queue_publish(&q, index);
 	mmio_write16(q.notify_addr, q.index);
 	u64 limit = ms_to_cycles(number(w, "ms", 300)), start = rdtsc();
 	u8 status = 0;

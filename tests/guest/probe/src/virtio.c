@@ -204,8 +204,14 @@ static void split_push(struct queue *q, u16 id, const struct segment *s, int n)
 			(s[i].write ? DESC_WRITE : 0) | (i + 1 < n ? DESC_NEXT : 0), base + i + 1};
 	q->avail->ring[q->next % q->size] = head;
 	q->next++;
+	if (!q->hold)
+		queue_publish(q, q->next);
+}
+
+void queue_publish(struct queue *q, u16 index)
+{
 	barrier();
-	q->avail->idx = q->next;
+	q->avail->idx = index;
 }
 
 static u16 packed_flags(bool wrap) { return wrap ? 1 << 7 : 1 << 15; }

@@ -55,6 +55,7 @@ struct queue {
 	struct virtio *dev;
 	u16 index, size, ids, segments; /* segments: at most so many a request */
 	bool packed, indirect;
+	bool hold;                      /* split: pushes stay unseen until queue_publish */
 	u64 notify_addr;
 	u64 kicks;
 	union { struct split_desc *desc; struct packed_desc *pdesc; };
@@ -76,6 +77,7 @@ u8 virtio_status(struct virtio *v);
 bool queue_init(struct queue *q, struct virtio *v, u16 index, u16 segments);
 void queue_place(struct queue *q, u64 desc, u64 driver, u64 device); /* tells the device */
 void queue_push(struct queue *q, u16 id, const struct segment *s, int n);
+void queue_publish(struct queue *q, u16 index);
 void queue_kick(struct queue *q);
 int queue_pop(struct queue *q, u32 *len); /* an id, or -1 */
 int queue_wait(struct queue *q, u32 *len, u64 ms);
