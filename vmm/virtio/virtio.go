@@ -5,6 +5,8 @@
 // Section numbers refer to "Virtual I/O Device (VIRTIO) Version 1.2".
 package virtio
 
+import "github.com/gnomon-vmm/gnomon/mm/guestmem"
+
 // DeviceID is a virtio device type (section 5).
 type DeviceID uint16
 
@@ -57,4 +59,30 @@ type Host interface {
 	ConfigChanged()
 	// Fail marks the device broken, as an error from Handle does.
 	Fail(err error)
+}
+
+// Feature bits that the transport offers for every device (section 6).
+const (
+	FeatureIndirectDesc uint64 = 1 << 28
+	FeatureEventIdx     uint64 = 1 << 29
+	FeatureVersion1     uint64 = 1 << 32
+	FeatureRingPacked   uint64 = 1 << 34
+)
+
+// EventFDs turns a guest's writes into signals of eventfds, without a return
+// to user space; kvm.VM is one. A length of 0 matches a write of any length.
+type EventFDs interface {
+	AssignIOEventFD(fd int, addr uint64, length uint32, datamatch *uint64, pio bool) error
+	DeassignIOEventFD(fd int, addr uint64, length uint32, datamatch *uint64, pio bool) error
+}
+
+// Env is what a transport needs of its machine.
+type Env struct {
+	Mem *guestmem.Memory
+	// EventFDs, where not nil, delivers notifications; otherwise all of them
+	// arrive as MMIO writes.
+	EventFDs EventFDs
+	// OnBroken, where not nil, is told that a driver broke a device, which
+	// then waits for its reset. It must not block or call the transport.
+	OnBroken func(name string, err error)
 }

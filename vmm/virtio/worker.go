@@ -1,0 +1,212 @@
+package virtio
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// eventFD is an eventfd that KVM or Wake signals and one worker waits for.
+type eventFD struct {
+	// mu keeps close from other users of fd; fd is -1 afterwards.
+	mu sync.RWMutex
+	fd int
+}
+
+func newEventFD() (*eventFD, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("create eventfd: %w", err)
+	}
+	return &eventFD{fd: fd}, nil
+}
+
+// signal wakes the waiter, now or when it waits next.
+func (e *eventFD) signal() {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	if e.fd < 0 {
+		return
+	}
+	var one [8]byte
+	binary.NativeEndian.PutUint64(one[:], 1)
+	_, _ = unix.Write(e.fd, one[:])
+}
+
+// wait returns once the eventfd has been signalled. Only the waiter's own
+// session closes the eventfd, after the waiter ended.
+//
+// It blocks in the system call and not in Go's poller: a kick then makes the
+// worker's own thread runnable, without another thread in between.
+func (e *eventFD) wait() {
+	var count [8]byte
+	for {
+		if _, err := unix.Read(e.fd, count[:]); !errors.Is(err, unix.EINTR) {
+			return
+		}
+	}
+}
+
+func (e *eventFD) close() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.fd >= 0 {
+		_ = unix.Close(e.fd)
+		e.fd = -1
+	}
+}
+
+// gate lets a transport's workers into Handle, and holds them in front of it
+// while the transport is paused.
+type gate struct {
+	// hold asks workers inside to come out: pausing or stopping.
+	hold atomic.Bool
+
+	mu       sync.Mutex
+	changed  sync.Cond // of anything below
+	paused   bool      // guarded by mu
+	stopping bool      // guarded by mu
+	inside   int       // workers in Handle; guarded by mu
+}
+
+func newGate() *gate {
+	g := &gate{}
+	g.changed.L = &g.mu
+	return g
+}
+
+// enter waits while paused. It returns false when the worker shall end.
+func (g *gate) enter() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for g.paused && !g.stopping {
+		g.changed.Wait()
+	}
+	if g.stopping {
+		return false
+	}
+	g.inside++
+	return true
+}
+
+func (g *gate) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.inside--; g.inside == 0 {
+		g.changed.Broadcast()
+	}
+}
+
+// set changes paused and stopping and, where one of them is set, waits until
+// no worker is inside.
+func (g *gate) set(change func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	change()
+	g.hold.Store(g.paused || g.stopping)
+	g.changed.Broadcast()
+	for g.inside > 0 && (g.paused || g.stopping) {
+		g.changed.Wait()
+	}
+}
+
+func (g *gate) pause() { g.set(func() { g.paused = true }) }
+func (g *gate) stop()  { g.set(func() { g.stopping = true }) }
+func (g *gate) open()  { g.set(func() { g.stopping = false }) }
+
+// States of a worker, for Wake.
+const (
+	workerRunning = iota // will call Handle, or is in it
+	workerAgain          // in Handle, woken: will call it again
+	workerIdle           // waits for the eventfd
+	workerKicked         // waits for the eventfd, which Wake has signalled
+)
+
+// worker is the goroutine of one queue.
+type worker struct {
+	queue *Queue
+	dev   Device
+	gate  *gate
+	event *eventFD
+	fail  func(error)
+	// broken tells that Handle must not be called any more.
+	broken *atomic.Bool
+	state  atomic.Uint32
+	poll   poller
+	done   chan struct{} // closed when the goroutine has ended
+}
+
+// wake has the worker call Handle after this.
+func (w *worker) wake() {
+	for {
+		switch w.state.Load() {
+		case workerAgain, workerKicked:
+			return
+		case workerRunning:
+			if w.state.CompareAndSwap(workerRunning, workerAgain) {
+				return
+			}
+		case workerIdle:
+			if w.state.CompareAndSwap(workerIdle, workerKicked) {
+				w.event.signal()
+				return
+			}
+		}
+	}
+}
+
+// run serves the queue until the gate says to end. It begins with a call of
+// Handle: there may be chains from before the start.
+func (w *worker) run() {
+	defer close(w.done)
+	for w.gate.enter() {
+		again := w.serve()
+		w.gate.leave()
+		if again {
+			continue
+		}
+		if w.state.CompareAndSwap(workerRunning, workerIdle) {
+			w.poll.blocked()
+			w.event.wait()
+			w.poll.woken()
+		}
+		w.state.Store(workerRunning)
+	}
+}
+
+// serve calls Handle until there is nothing to do. It returns true when the
+// gate wants the worker out before that is certain.
+func (w *worker) serve() bool {
+	q := w.queue
+	for !w.broken.Load() {
+		w.state.Store(workerRunning)
+		q.suppressKicks()
+		q.emptied = false
+		err := w.dev.Handle(q)
+		q.Flush()
+		if err != nil {
+			w.fail(err)
+			return false
+		}
+		if w.gate.hold.Load() {
+			return true
+		}
+		if w.state.Load() == workerAgain {
+			continue
+		}
+		if !q.emptied && q.hasAvail() {
+			// The device left chains for later, as one does that has nothing
+			// to fill them with: more of them are no news.
+			return false
+		}
+		if w.poll.spin(w) || q.wantKicks() {
+			continue
+		}
+		return false
+	}
+	return false
+}
