@@ -1,0 +1,81 @@
+package raw
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/disk/block"
+)
+
+// Image locks are QEMU's (its block/file-posix.c): open file description
+// read locks on single bytes. Whoever does something to the image holds the
+// byte lockUses+p, whoever does not let others do it holds lockForbids+p, for
+// each permission p. They are asked about with write locks, which conflict.
+const (
+	lockUses    = 100
+	lockForbids = 200
+
+	permRead   = 0 // consistent read
+	permWrite  = 1
+	permResize = 3
+)
+
+// lock takes the locks of a reader or of a writer; both keep other writers out.
+func lock(fd int, readOnly bool) error {
+	uses := []int64{permRead}
+	if !readOnly {
+		uses = append(uses, permWrite, permResize)
+	}
+	forbids := []int64{permWrite, permResize}
+	for _, p := range uses {
+		if err := setLock(fd, lockUses+p); err != nil {
+			return err
+		}
+	}
+	for _, p := range forbids {
+		if err := setLock(fd, lockForbids+p); err != nil {
+			return err
+		}
+	}
+	// Our own marks stand; whoever comes now sees them, so of two that
+	// arrive together at least one gives way.
+	for _, p := range uses {
+		if err := testLock(fd, lockForbids+p); err != nil {
+			return err
+		}
+	}
+	for _, p := range forbids {
+		if err := testLock(fd, lockUses+p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func setLock(fd int, at int64) error {
+	l := unix.Flock_t{Type: unix.F_RDLCK, Whence: 0, Start: at, Len: 1}
+	switch err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l); err {
+	case nil:
+		return nil
+	case unix.EAGAIN, unix.EACCES:
+		return inUse()
+	default:
+		return fmt.Errorf("lock image: %w", err)
+	}
+}
+
+func testLock(fd int, at int64) error {
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: 0, Start: at, Len: 1}
+	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l); err != nil {
+		return fmt.Errorf("ask for locks on image: %w", err)
+	}
+	if l.Type != unix.F_UNLCK {
+		return inUse()
+	}
+	return nil
+}
+
+func inUse() error {
+	return fmt.Errorf("%w: end that machine, or give each its own copy", block.ErrInUse)
+}

@@ -1,0 +1,252 @@
+// Package raw holds disks that are a plain file or a host block device: byte n
+// of the disk is byte n of the file.
+package raw
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/disk/block"
+)
+
+// sector is what virtual sizes are rounded up to; the file's missing tail
+// reads as zero.
+const sector = 512
+
+// maxVectors is what one preadv or pwritev takes (IOV_MAX).
+const maxVectors = 1024
+
+// Node is a raw disk.
+type Node struct {
+	file     *os.File
+	fd       int
+	size     int64 // virtual: a multiple of sector
+	readOnly bool
+	device   bool // a host block device
+	closing  sync.Once
+}
+
+var _ block.Node = (*Node)(nil)
+
+// Open opens the image at path and locks it as QEMU does, so that neither
+// QEMU nor another Gnomon machine writes to it meanwhile.
+func Open(path string, readOnly bool) (*Node, error) {
+	flags := os.O_RDWR
+	if readOnly {
+		flags = os.O_RDONLY
+	}
+	f, err := os.OpenFile(path, flags, 0)
+	if err != nil {
+		return nil, explain(path, readOnly, err)
+	}
+	n := &Node{file: f, fd: int(f.Fd()), readOnly: readOnly}
+	if err := n.init(); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("disk %s: %w", path, err)
+	}
+	return n, nil
+}
+
+func explain(path string, readOnly bool, err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("disk %s does not exist: check the path, or create it (truncate -s 1G %s): %w", path, path, fs.ErrNotExist)
+	case errors.Is(err, fs.ErrPermission) && !readOnly:
+		return fmt.Errorf("disk %s: no permission to write it: change its owner or mode, or open it with readonly=on: %w", path, fs.ErrPermission)
+	}
+	return fmt.Errorf("open disk: %w", err)
+}
+
+func (n *Node) init() error {
+	info, err := n.file.Stat()
+	if err != nil {
+		return err
+	}
+	size := info.Size()
+	switch mode := info.Mode(); {
+	case mode.IsRegular():
+	case mode&fs.ModeDevice != 0 && mode&fs.ModeCharDevice == 0:
+		n.device = true
+		if size, err = n.file.Seek(0, 2); err != nil {
+			return err
+		}
+	default:
+		return errors.New("is neither a regular file nor a block device")
+	}
+	n.size = (size + sector - 1) / sector * sector
+	return lock(n.fd, n.readOnly)
+}
+
+// check refuses what lies outside the disk.
+func (n *Node) check(off, length int64) error {
+	if off < 0 || length < 0 || off > n.size || length > n.size-off {
+		return fmt.Errorf("%w: %d bytes at %d of %d", block.ErrOutOfRange, length, off, n.size)
+	}
+	return nil
+}
+
+func total(bufs [][]byte) int64 {
+	var t int64
+	for _, b := range bufs {
+		t += int64(len(b))
+	}
+	return t
+}
+
+// Readv implements block.Node.
+func (n *Node) Readv(bufs [][]byte, off int64) error {
+	if err := n.check(off, total(bufs)); err != nil {
+		return err
+	}
+	return transfer(bufs, off, func(v [][]byte, off int64) (int, error) {
+		got, err := unix.Preadv(n.fd, v, off)
+		if err == nil && got == 0 { // the file's end, within the last sector
+			for _, b := range v {
+				clear(b)
+				got += len(b)
+			}
+		}
+		return got, err
+	})
+}
+
+// Writev implements block.Node.
+func (n *Node) Writev(bufs [][]byte, off int64) error {
+	if n.readOnly {
+		return block.ErrReadOnly
+	}
+	if err := n.check(off, total(bufs)); err != nil {
+		return err
+	}
+	return transfer(bufs, off, func(v [][]byte, off int64) (int, error) { return unix.Pwritev(n.fd, v, off) })
+}
+
+// transfer moves all of bufs, however little one system call moves. It leaves
+// bufs as it was.
+func transfer(bufs [][]byte, off int64, move func(v [][]byte, off int64) (int, error)) error {
+	var skip int // bytes of bufs[0] that are done
+	for len(bufs) > 0 {
+		var got int
+		var err error
+		if skip > 0 {
+			one := [1][]byte{bufs[0][skip:]}
+			got, err = move(one[:], off)
+		} else {
+			got, err = move(bufs[:min(len(bufs), maxVectors)], off)
+		}
+		if err == syscall.EINTR {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if got == 0 && total(bufs) > int64(skip) {
+			return io.ErrShortWrite
+		}
+		off += int64(got)
+		got += skip
+		for len(bufs) > 0 && got >= len(bufs[0]) {
+			got -= len(bufs[0])
+			bufs = bufs[1:]
+		}
+		skip = got
+	}
+	return nil
+}
+
+// Flush implements block.Node.
+func (n *Node) Flush() error {
+	if n.readOnly {
+		return nil
+	}
+	return ignoringEINTR(func() error { return unix.Fdatasync(n.fd) })
+}
+
+// Discard implements block.Node: the space goes back to the host's file system
+// where that can be done.
+func (n *Node) Discard(off, length int64) error {
+	if err := n.checkWrite(off, length); err != nil || length == 0 {
+		return err
+	}
+	err := n.fallocate(unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
+	if unsupported(err) {
+		return nil // a hint that this host cannot take
+	}
+	return err
+}
+
+// WriteZeroes implements block.Node.
+func (n *Node) WriteZeroes(off, length int64, unmap bool) error {
+	if err := n.checkWrite(off, length); err != nil || length == 0 {
+		return err
+	}
+	mode := uint32(unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE)
+	if unmap {
+		mode = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
+	}
+	if err := n.fallocate(mode, off, length); !unsupported(err) {
+		return err
+	}
+	zeroes := make([]byte, min(length, 1<<20))
+	for length > 0 {
+		chunk := zeroes[:min(length, int64(len(zeroes)))]
+		if err := n.Writev([][]byte{chunk}, off); err != nil {
+			return err
+		}
+		off, length = off+int64(len(chunk)), length-int64(len(chunk))
+	}
+	return nil
+}
+
+func (n *Node) checkWrite(off, length int64) error {
+	if n.readOnly {
+		return block.ErrReadOnly
+	}
+	return n.check(off, length)
+}
+
+func (n *Node) fallocate(mode uint32, off, length int64) error {
+	return ignoringEINTR(func() error { return unix.Fallocate(n.fd, mode, off, length) })
+}
+
+func unsupported(err error) bool {
+	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.ENODEV)
+}
+
+func ignoringEINTR(f func() error) error {
+	for {
+		if err := f(); err != syscall.EINTR {
+			return err
+		}
+	}
+}
+
+// Size implements block.Node.
+func (n *Node) Size() int64 { return n.size }
+
+// ReadOnly implements block.Node.
+func (n *Node) ReadOnly() bool { return n.readOnly }
+
+// Info implements block.Node.
+func (n *Node) Info() block.Info {
+	info := block.Info{Format: "raw", Filename: n.file.Name(), VirtualSize: n.size}
+	var st unix.Stat_t
+	if unix.Fstat(n.fd, &st) == nil {
+		info.ActualSize = st.Blocks * 512
+	}
+	return info
+}
+
+// Close implements block.Node.
+func (n *Node) Close() error {
+	var err error
+	n.closing.Do(func() { err = errors.Join(n.Flush(), n.file.Close()) })
+	return err
+}

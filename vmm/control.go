@@ -1,0 +1,262 @@
+package vmm
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/gnomon-vmm/gnomon/kvm"
+	"github.com/gnomon-vmm/gnomon/vmm/device"
+)
+
+// Exit tells why Run returned.
+type Exit string
+
+// Why a machine ended.
+const (
+	ExitPowerOff Exit = "power-off" // the guest powered itself off
+	ExitReset    Exit = "reset"     // the guest reset itself and NoReboot is set
+	ExitPanic    Exit = "panic"     // the guest's kernel panicked
+	ExitQuit     Exit = "quit"      // Quit, or Run's context ended
+)
+
+// requests are what must happen to the whole machine. vCPU threads and other
+// goroutines make them without waiting; Run carries out the gravest.
+type requests struct {
+	mu      sync.Mutex
+	pending request       // guarded by mu
+	wake    chan struct{} // capacity 1
+}
+
+type request struct {
+	kind   requestKind
+	guest  bool
+	reason string // QEMU's ShutdownCause
+	err    error  // of requestFail
+}
+
+// requestKind, the later the graver.
+type requestKind int
+
+const (
+	requestNone requestKind = iota
+	requestReset
+	requestPanic
+	requestPowerOff
+	requestQuit
+	requestFail
+)
+
+// request asks Run to act. The vCPUs stand still until it has.
+func (m *Machine) request(r request) {
+	m.requests.mu.Lock()
+	if r.kind > m.requests.pending.kind {
+		m.requests.pending = r
+	}
+	m.requests.mu.Unlock()
+	m.gate.hold(holdRequest)
+	select {
+	case m.requests.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (m *Machine) takeRequest() request {
+	m.requests.mu.Lock()
+	defer m.requests.mu.Unlock()
+	r := m.requests.pending
+	m.requests.pending = request{}
+	return r
+}
+
+// PowerOff is what the guest's ACPI power-off does.
+func (m *Machine) PowerOff() {
+	m.request(request{kind: requestPowerOff, guest: true, reason: "guest-shutdown"})
+}
+
+// Reset resets the machine, as a guest does; why goes to the log.
+func (m *Machine) Reset(why string) {
+	m.cfg.Log("guest reset: %s", why)
+	m.request(request{kind: requestReset, guest: true, reason: "guest-reset"})
+}
+
+// SystemReset resets the machine from outside, as its reset button does.
+func (m *Machine) SystemReset() {
+	m.request(request{kind: requestReset, reason: "host-qmp-system-reset"})
+}
+
+// Quit ends the machine at once; the guest is not asked.
+func (m *Machine) Quit() {
+	m.request(request{kind: requestQuit, reason: "host-qmp-quit"})
+}
+
+// PressPowerButton presses the ACPI power button; what follows is the guest's choice.
+func (m *Machine) PressPowerButton() {
+	m.power.PressPowerButton()
+	m.events.emit(PoweredDown{})
+}
+
+// Status tells what the machine does.
+func (m *Machine) Status() Status {
+	m.stateMu.Lock()
+	defer m.stateMu.Unlock()
+	return m.status
+}
+
+func (m *Machine) setStatus(s Status) {
+	m.stateMu.Lock()
+	m.status = s
+	m.stateMu.Unlock()
+}
+
+// Run runs the machine until the guest or somebody else ends it, and tells
+// which. It may be called once. When ctx ends the machine quits.
+func (m *Machine) Run(ctx context.Context) (Exit, error) {
+	m.ctl.Lock()
+	if m.started || m.closed {
+		m.ctl.Unlock()
+		return "", fmt.Errorf("%w: it can be run only once, before Close", ErrState)
+	}
+	m.started = true
+	for _, c := range m.cpus {
+		m.threads.Add(1)
+		go func() {
+			defer m.threads.Done()
+			if err := c.run(); err != nil {
+				m.request(request{kind: requestFail, err: err})
+				m.gate.leave()
+			}
+		}()
+	}
+	m.ctl.Unlock()
+	if !m.cfg.Paused {
+		if err := m.Resume(); err != nil {
+			return "", err
+		}
+	}
+
+	for {
+		select {
+		case <-ctx.Done():
+			m.request(request{kind: requestQuit, reason: "host-signal"})
+			<-m.requests.wake
+		case <-m.requests.wake:
+		}
+		r := m.takeRequest()
+		switch {
+		case r.kind == requestNone:
+		case r.kind == requestReset && !m.cfg.NoReboot:
+			if err := m.reset(r); err != nil {
+				m.end(StatusInternalError)
+				return "", fmt.Errorf("%w: reset: %w", ErrRun, err)
+			}
+		case r.kind == requestFail:
+			m.end(StatusInternalError)
+			return "", r.err
+		default:
+			return m.finish(r), nil
+		}
+	}
+}
+
+// finish ends the machine for r and names the exit.
+func (m *Machine) finish(r request) Exit {
+	exit, status := ExitQuit, StatusShutdown
+	switch r.kind {
+	case requestPowerOff:
+		exit = ExitPowerOff
+	case requestReset:
+		exit = ExitReset
+	case requestPanic:
+		exit, status = ExitPanic, StatusGuestPanicked
+	}
+	m.end(status)
+	m.events.emit(Shutdown{Guest: r.guest, Reason: r.reason})
+	return exit
+}
+
+// end stops the vCPUs and devices for good.
+func (m *Machine) end(s Status) {
+	m.ctl.Lock()
+	defer m.ctl.Unlock()
+	m.gate.hold(holdControl)
+	m.gate.wait()
+	m.stopDevices()
+	m.setStatus(s)
+}
+
+// Pause stops the vCPUs between two instructions and the devices between two
+// requests. It returns when nothing of the guest moves any more, time included.
+func (m *Machine) Pause() error {
+	m.ctl.Lock()
+	defer m.ctl.Unlock()
+	switch {
+	case m.closed:
+		return ErrClosed
+	case m.Status() != StatusRunning:
+		return nil
+	}
+	m.gate.hold(holdUser)
+	m.gate.wait()
+	m.stopDevices()
+	m.setStatus(StatusPaused)
+	m.events.emit(Stopped{})
+	return nil
+}
+
+// Resume goes on after Pause, or starts a machine that Run left paused.
+func (m *Machine) Resume() error {
+	m.ctl.Lock()
+	defer m.ctl.Unlock()
+	switch s := m.Status(); {
+	case m.closed:
+		return ErrClosed
+	case s == StatusRunning:
+		return nil
+	case s != StatusPaused && s != StatusPrelaunch:
+		return fmt.Errorf("%w: it cannot go on from %q; reset or quit it", ErrState, s)
+	}
+	if err := m.startDevices(); err != nil {
+		return err
+	}
+	m.setStatus(StatusRunning)
+	m.events.emit(Resumed{})
+	m.gate.release(holdUser)
+	return nil
+}
+
+// stopDevices and startDevices stop and start everything but the vCPUs, which
+// stand still.
+func (m *Machine) stopDevices() {
+	for _, d := range m.virtio {
+		d.Pause()
+	}
+	if !m.clock.isStopped() {
+		m.clock.stop()
+		m.saveKVMClock()
+	}
+}
+
+func (m *Machine) startDevices() error {
+	if err := m.restoreKVMClock(); err != nil {
+		return err
+	}
+	m.clock.start()
+	for _, d := range m.virtio {
+		d.Resume()
+	}
+	return nil
+}
+
+// systemEvent serves KVM_EXIT_SYSTEM_EVENT: a guest's request that came to the
+// machine by way of KVM.
+func (m *Machine) systemEvent(e kvm.SystemEvent) {
+	switch e.Type {
+	case kvm.SystemEventShutdown:
+		m.PowerOff()
+	case kvm.SystemEventReset:
+		m.Reset("KVM system event")
+	case kvm.SystemEventCrash:
+		m.Panicked(device.GuestPanicked)
+	}
+}

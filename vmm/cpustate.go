@@ -1,0 +1,130 @@
+package vmm
+
+import (
+	"fmt"
+
+	"github.com/gnomon-vmm/gnomon/kvm"
+)
+
+// CPUState is all of a vCPU that must survive a checkpoint or that a reset
+// goes back to.
+type CPUState struct {
+	Regs      kvm.Regs
+	Sregs     kvm.Sregs
+	XSave     []byte
+	XCRS      kvm.XCRS
+	MSRs      []kvm.MSREntry
+	LAPIC     kvm.LAPIC
+	Events    kvm.VCPUEvents
+	DebugRegs kvm.DebugRegs
+	MPState   kvm.MPState
+}
+
+// MSRs that count time. A reset leaves them alone, so that the vCPUs' clocks
+// stay together.
+const (
+	msrTSC       = 0x10
+	msrTSCAdjust = 0x3B
+)
+
+// saveState reads the vCPU's state. Preconditions: it stands at the gate, or
+// has not run yet.
+func (c *vcpu) saveState() (*CPUState, error) {
+	s := &CPUState{}
+	var err error
+	for _, part := range []struct {
+		name string
+		get  func() error
+	}{
+		{"registers", func() error { return c.GetRegs(&s.Regs) }},
+		{"special registers", func() error { return c.GetSregs(&s.Sregs) }},
+		{"XSAVE area", func() error { s.XSave, err = c.XSave(); return err }},
+		{"XCRs", func() error { return c.GetXCRS(&s.XCRS) }},
+		{"MSRs", func() error { s.MSRs, err = c.allMSRs(); return err }},
+		{"local APIC", func() error { return c.GetLAPIC(&s.LAPIC) }},
+		{"events", func() error { return c.GetEvents(&s.Events) }},
+		{"debug registers", func() error { return c.GetDebugRegs(&s.DebugRegs) }},
+		{"MP state", func() error { s.MPState, err = c.MPState(); return err }},
+	} {
+		if err := part.get(); err != nil {
+			return nil, fmt.Errorf("read %s: %w", part.name, err)
+		}
+	}
+	return s, nil
+}
+
+// allMSRs reads every MSR that KVM lists and this host can read.
+func (c *vcpu) allMSRs() ([]kvm.MSREntry, error) {
+	indices, err := c.m.sys.MSRIndexList()
+	if err != nil {
+		return nil, err
+	}
+	entries := make([]kvm.MSREntry, len(indices))
+	for i, index := range indices {
+		entries[i].Index = index
+	}
+	var got []kvm.MSREntry
+	for len(entries) > 0 {
+		n, err := c.GetMSRs(entries)
+		if err != nil {
+			return nil, err
+		}
+		got = append(got, entries[:n]...)
+		if n < len(entries) {
+			n++ // KVM lists it and cannot read it
+		}
+		entries = entries[n:]
+	}
+	return got, nil
+}
+
+// resetState takes the vCPU back to how KVM made it. Preconditions: it stands
+// at the gate.
+func (c *vcpu) resetState() error {
+	s := c.pristine
+	msrs := make([]kvm.MSREntry, 0, len(s.MSRs))
+	for _, m := range s.MSRs {
+		if m.Index != msrTSC && m.Index != msrTSCAdjust {
+			msrs = append(msrs, m)
+		}
+	}
+	// The special registers come before the local APIC, whose base and mode
+	// they hold; the MP state comes last, since the others may change it.
+	for _, part := range []struct {
+		name string
+		set  func() error
+	}{
+		{"registers", func() error { return c.SetRegs(&s.Regs) }},
+		{"XCRs", func() error { return c.SetXCRS(&s.XCRS) }},
+		{"XSAVE area", func() error { return c.SetXSave(s.XSave) }},
+		{"special registers", func() error { return c.SetSregs(&s.Sregs) }},
+		{"MSRs", func() error { return c.setMSRs(msrs) }},
+		{"local APIC", func() error { return c.SetLAPIC(&s.LAPIC) }},
+		{"debug registers", func() error { return c.SetDebugRegs(&s.DebugRegs) }},
+		{"events", func() error { return c.SetEvents(&s.Events) }},
+		{"MP state", func() error { return c.SetMPState(s.MPState) }},
+	} {
+		if err := part.set(); err != nil {
+			return fmt.Errorf("vCPU %d: write %s: %w", c.id, part.name, err)
+		}
+	}
+	if c.assist != nil {
+		return c.assist.Reset()
+	}
+	return nil
+}
+
+// setMSRs writes MSRs, passing over those that KVM lists and lets nobody write.
+func (c *vcpu) setMSRs(entries []kvm.MSREntry) error {
+	for len(entries) > 0 {
+		n, err := c.SetMSRs(entries)
+		if err != nil {
+			return err
+		}
+		if n < len(entries) {
+			n++
+		}
+		entries = entries[n:]
+	}
+	return nil
+}
