@@ -145,7 +145,7 @@ func (s *Session) receiver() func([]byte) (int, error) {
 		if n == 0 && err == nil {
 			err = errHungUp
 		}
-		return n, err
+		return max(n, 0), err
 	}
 }
 
