@@ -3,14 +3,17 @@ package boot
 import (
 	"encoding/binary"
 	"io"
+	"math/bits"
 )
 
 // x86Filter undoes the BCJ filter for x86 code: operands of CALL (E8) and JMP
-// (E9), made absolute to compress better, become relative again. Every encoder
-// and decoder must agree on what looks like an instruction, so the rules are
-// those of the LZMA SDK and .xz: an operand is converted only if its top byte
-// is 00 or FF, and the last few opcode-like bytes decide whether one is taken
-// to be part of an operand before it.
+// (E9), made absolute to compress better, become relative again. Encoder and
+// decoder must agree on what looks like an instruction, so the rules are those
+// of the LZMA SDK and of .xz. An operand is converted only if its top byte is
+// 00 or FF. Opcode-like bytes just before, left unconverted, raise the doubt
+// that this one is part of an operand of theirs: with two in the last three
+// bytes nothing is converted; with one, the byte at its distance before the
+// operand's last must not be 00 or FF.
 type x86Filter struct {
 	r   io.Reader
 	err error // of r
@@ -21,7 +24,7 @@ type x86Filter struct {
 
 	offset int64 // of buf[0] in the block
 	opcode int64 // where in the block the last opcode-like byte was
-	near   uint8 // bit n: n bytes before that was one more, left unconverted
+	near   uint8 // bit n: n bytes before that, or there, was one that is left unconverted
 }
 
 const (
@@ -58,13 +61,6 @@ func (f *x86Filter) fill() {
 	f.done, f.returned = f.convert(), 0
 }
 
-// Of the bytes in near's lowest three bits: which of the operand's bytes decides
-// whether it may be converted, counted from its last; and where it never is.
-var (
-	nearByte   = [8]int{0, 1, 2, 2, 3, 3, 3, 3}
-	nearForbid = [8]bool{3: true, 5: true, 6: true, 7: true}
-)
-
 // convert works through buf and returns how many bytes it is done with.
 func (f *x86Filter) convert() int {
 	i := 0
@@ -80,18 +76,18 @@ func (f *x86Filter) convert() int {
 		} else {
 			f.near = f.near << (gap - 1) & 7
 		}
+		distance := bits.Len8(f.near) // of the unconverted one, if there is just one
 		operand := f.buf[i+1 : i+callLength]
-		doubtful := f.near != 0 && (nearForbid[f.near] || signByte(operand[3-nearByte[f.near]]))
-		if doubtful || !signByte(operand[3]) {
+		if !signByte(operand[3]) || bits.OnesCount8(f.near) > 1 || distance > 0 && signByte(operand[3-distance]) {
 			f.near = f.near<<1 | 1
 			i++
 			continue
 		}
 		next := uint32(f.offset) + uint32(i) + callLength
 		v := binary.LittleEndian.Uint32(operand) - next
-		if f.near != 0 {
-			// The encoder kept the byte that decides from becoming 00 or FF.
-			shift := 8 * (3 - nearByte[f.near])
+		if distance > 0 {
+			// The encoder kept the byte that was looked at from becoming 00 or FF.
+			shift := 8 * (3 - distance)
 			if signByte(byte(v >> shift)) {
 				v = v ^ (1<<(shift+8) - 1) - next
 			}

@@ -33,7 +33,7 @@ type Protocol string
 
 // The protocols.
 const (
-	Auto    Protocol = ""        // Linux64 for Linux, PVH for anything else that has a PVH note
+	Auto    Protocol = ""        // PVH for ELF with a PVH note that is not Linux, else Linux64
 	Linux64 Protocol = "linux64" // long mode, RSI = boot_params
 	PVH     Protocol = "pvh"     // 32-bit protected mode, EBX = hvm_start_info
 )
@@ -72,28 +72,26 @@ func Load(mem *guestmem.Memory, k *Kernel, cfg Config) (Entry, error) {
 	if err != nil {
 		return Entry{}, err
 	}
-	if err := checkCommandLine(cfg.CommandLine, k.commandLineMax(elfNotes{})); err != nil {
+	if err := checkCommandLine(cfg.CommandLine, k.commandLineMax()); err != nil {
 		return Entry{}, err
 	}
-	if cfg.Entry != Auto && cfg.Entry != Linux64 && cfg.Entry != PVH {
-		return Entry{}, fmt.Errorf("%w: %q is none of %q and %q", ErrProtocol, cfg.Entry, Linux64, PVH)
+	e := Entry{Kernel: k.span()}
+	notes := k.notes
+	if k.setup != nil && cfg.Entry == PVH {
+		if notes, err = k.readNotes(); err != nil {
+			return Entry{}, err
+		}
 	}
-	initrd, err := placeInitrd(low, k, cfg)
-	if err != nil {
+	if e.Protocol, err = chooseProtocol(notes, cfg.Entry); err != nil {
 		return Entry{}, err
 	}
-
-	notes, err := k.loadSegments(mem)
-	if err != nil {
+	if e.Initrd, err = placeInitrd(low, k, cfg); err != nil {
 		return Entry{}, err
 	}
-	if err := checkCommandLine(cfg.CommandLine, k.commandLineMax(notes)); err != nil {
+	if err := k.loadSegments(mem); err != nil {
 		return Entry{}, err
 	}
-	e := Entry{Kernel: k.span(), Initrd: initrd}
-	if e.Protocol, err = chooseProtocol(k, notes, cfg.Entry); err != nil {
-		return Entry{}, err
-	}
+	initrd := e.Initrd
 	if initrd.Size > 0 {
 		b, err := mem.Slice(initrd.GPA, initrd.Size)
 		if err != nil {
@@ -191,17 +189,18 @@ func placeInitrd(low guestmem.Range, k *Kernel, cfg Config) (guestmem.Range, err
 }
 
 // chooseProtocol follows the rule that Auto documents.
-func chooseProtocol(k *Kernel, notes elfNotes, want Protocol) (Protocol, error) {
-	linux := k.setup != nil || notes.linux
+func chooseProtocol(notes elfNotes, want Protocol) (Protocol, error) {
 	switch {
-	case want == PVH && !notes.hasPVH:
-		return "", fmt.Errorf("%w: the kernel has no PVH entry point (for Linux: build it with CONFIG_PVH=y, or use %q)", ErrProtocol, Linux64)
-	case want != Auto:
-		return want, nil
-	case notes.hasPVH && !linux:
+	case want == Auto && notes.hasPVH && !notes.linux:
 		return PVH, nil
+	case want == Auto, want == Linux64:
+		return Linux64, nil
+	case want == PVH && notes.hasPVH:
+		return PVH, nil
+	case want == PVH:
+		return "", fmt.Errorf("%w: the kernel has no PVH entry point (for Linux: build it with CONFIG_PVH=y, or use %q)", ErrProtocol, Linux64)
 	}
-	return Linux64, nil
+	return "", fmt.Errorf("%w: %q is neither %q nor %q", ErrProtocol, want, Linux64, PVH)
 }
 
 // checkCommandLine refuses what the kernel would cut off without a word.

@@ -49,14 +49,14 @@ func detectCompression(head []byte) compression {
 // maxZstdWindow is what zstd -22 --ultra, which Linux uses, asks for.
 const maxZstdWindow = 128 << 20
 
-// decompress returns the stream of size bytes that packed, of length bytes,
-// expands to. Errors of the stream are ErrCompression, or ErrTruncated.
-func decompress(c compression, packed io.Reader, length int64, size uint64) (io.ReadCloser, error) {
+// decompress returns the stream of size bytes that packed expands
+// to. Errors of the stream are ErrCompression, or ErrTruncated.
+func decompress(c compression, packed *io.SectionReader, size uint64) (io.ReadCloser, error) {
 	var r io.ReadCloser
 	var err error
 	switch c {
 	case uncompressed:
-		return io.NopCloser(packed), nil
+		return plainStream{packed}, nil
 	case gzipped:
 		var z *gzip.Reader
 		if z, err = gzip.NewReader(packed); err == nil {
@@ -70,9 +70,9 @@ func decompress(c compression, packed io.Reader, length int64, size uint64) (io.
 			r = z.IOReadCloser()
 		}
 	case lz4ed:
-		r = io.NopCloser(newLZ4Reader(packed, length, size))
+		r = io.NopCloser(newLZ4Reader(packed, packed.Size(), size))
 	case xzed:
-		r = io.NopCloser(newXZReader(packed, length, size))
+		r = io.NopCloser(newXZReader(packed, packed.Size(), size))
 	default:
 		err = fmt.Errorf("%s is not supported", c)
 	}
@@ -81,6 +81,11 @@ func decompress(c compression, packed io.Reader, length int64, size uint64) (io.
 	}
 	return &explainedStream{r, c}, nil
 }
+
+// plainStream is an uncompressed image. Unlike io.NopCloser it can be sought in.
+type plainStream struct{ *io.SectionReader }
+
+func (plainStream) Close() error { return nil }
 
 // explainedStream says which compression its errors come from.
 type explainedStream struct {

@@ -2,11 +2,13 @@ package boot
 
 import (
 	"bytes"
+	"cmp"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 )
@@ -22,8 +24,8 @@ const (
 // elfHeader is what loading needs of an ELF image.
 type elfHeader struct {
 	entry    uint64
-	segments []segment   // PT_LOAD, at least one
-	notes    []fileRange // PT_NOTE
+	segments []segment   // PT_LOAD, at least one, by ascending gpa, disjoint
+	notes    []fileRange // PT_NOTE, by ascending offset
 }
 
 // segment is a PT_LOAD: fileSize bytes to lie at gpa, zeroes up to memSize.
@@ -45,14 +47,11 @@ func (r fileRange) overlap(off uint64, p []byte) (part []byte, into uint64) {
 	return p[from-off : to-off], from - r.offset
 }
 
-// fileEnd is where the last byte that loading needs ends.
+// fileEnd is where the segments' last byte ends.
 func (h *elfHeader) fileEnd() uint64 {
 	var end uint64
 	for _, s := range h.segments {
 		end = max(end, s.offset+s.fileSize)
-	}
-	for _, n := range h.notes {
-		end = max(end, n.offset+n.fileSize)
 	}
 	return end
 }
@@ -89,7 +88,7 @@ func readELFHeader(r io.Reader, size uint64) (elfHeader, error) {
 	case phoff < elfHeaderSize || phoff > maxHeaderBytes:
 		return h, fmt.Errorf("%w: ELF program headers at offset %#x: they must follow the ELF header", ErrNotKernel, phoff)
 	}
-	if _, err := io.CopyN(io.Discard, r, int64(phoff)-elfHeaderSize); err != nil {
+	if err := skip(r, phoff-elfHeaderSize); err != nil {
 		return h, fmt.Errorf("ELF program headers: %w", eofIsTruncated(err))
 	}
 	table := make([]byte, count*programHdrSize)
@@ -155,8 +154,15 @@ func (h *elfHeader) addSegments(table []byte, size uint64) error {
 		}
 		h.segments = append(h.segments, s)
 	}
+	slices.SortFunc(h.notes, func(a, b fileRange) int { return cmp.Compare(a.offset, b.offset) })
 	if len(h.segments) == 0 {
 		return fmt.Errorf("%w: ELF file with nothing to load", ErrNotKernel)
+	}
+	slices.SortFunc(h.segments, func(a, b segment) int { return cmp.Compare(a.gpa, b.gpa) })
+	for i, s := range h.segments[1:] {
+		if before := h.segments[i]; s.gpa < before.gpa+before.memSize {
+			return fmt.Errorf("%w: ELF segments at %#x and %#x overlap", ErrNotKernel, before.gpa, s.gpa)
+		}
 	}
 	return nil
 }
@@ -169,25 +175,21 @@ func eofIsTruncated(err error) error {
 	return err
 }
 
-// loadSegments streams the image once, from its first byte to its last: each
-// segment's bytes go to guest memory, the notes are kept, the rest is dropped.
-func (k *Kernel) loadSegments(mem *guestmem.Memory) (elfNotes, error) {
-	// Zeroes first: file pages of one segment may lie in another's last page.
+// loadSegments streams the image once, from its first byte to its last, and
+// writes what belongs to a segment to guest memory.
+func (k *Kernel) loadSegments(mem *guestmem.Memory) error {
+	// Zeroes first: one segment's bytes may lie in another's last page.
 	for i, s := range k.elf.segments {
 		if err := zero(mem, s.gpa+s.fileSize, s.memSize-s.fileSize); err != nil {
-			return elfNotes{}, fmt.Errorf("%w: segment %d: %w", ErrNoMemory, i, err)
+			return fmt.Errorf("%w: segment %d: %w", ErrNoMemory, i, err)
 		}
 	}
 
 	r, err := k.image.open()
 	if err != nil {
-		return elfNotes{}, err
+		return err
 	}
 	defer r.Close()
-	notes := make([][]byte, len(k.elf.notes))
-	for i, n := range k.elf.notes {
-		notes[i] = make([]byte, n.fileSize)
-	}
 	end := k.image.size
 	if k.image.compression == uncompressed {
 		end = k.elf.fileEnd() // debug information may follow
@@ -196,26 +198,58 @@ func (k *Kernel) loadSegments(mem *guestmem.Memory) (elfNotes, error) {
 	for off := uint64(0); off < end; {
 		p := buf[:min(uint64(len(buf)), end-off)]
 		if _, err := io.ReadFull(r, p); err != nil {
-			return elfNotes{}, fmt.Errorf("byte %d of the %d of the image: %w", off, k.image.size, eofIsTruncated(err))
+			return fmt.Errorf("in the %d bytes from %d on of the image's %d: %w", len(p), off, k.image.size, eofIsTruncated(err))
 		}
 		for i, s := range k.elf.segments {
 			part, into := s.overlap(off, p)
 			if err := mem.Write(s.gpa+into, part); err != nil {
-				return elfNotes{}, fmt.Errorf("%w: segment %d: %w", ErrNoMemory, i, err)
+				return fmt.Errorf("%w: segment %d: %w", ErrNoMemory, i, err)
 			}
-		}
-		for i, n := range k.elf.notes {
-			part, into := n.overlap(off, p)
-			copy(notes[i][into:], part)
 		}
 		off += uint64(len(p))
 	}
-	if k.image.compression != uncompressed {
-		if err := expectEnd(r); err != nil {
-			return elfNotes{}, err
-		}
+	if k.image.compression == uncompressed {
+		return nil
 	}
-	return parseNotes(notes)
+	return expectEnd(r)
+}
+
+// readNotes streams the image up to its notes and reads them.
+func (k *Kernel) readNotes() (elfNotes, error) {
+	r, err := k.image.open()
+	if err != nil {
+		return elfNotes{}, err
+	}
+	defer r.Close()
+	var notes elfNotes
+	var off uint64
+	for _, n := range k.elf.notes {
+		if n.offset < off {
+			return notes, fmt.Errorf("%w: ELF notes at offset %d overlap or are out of order", ErrNotKernel, n.offset)
+		}
+		if err := skip(r, n.offset-off); err != nil {
+			return notes, fmt.Errorf("up to the ELF notes at offset %d: %w", n.offset, eofIsTruncated(err))
+		}
+		p := make([]byte, n.fileSize)
+		if _, err := io.ReadFull(r, p); err != nil {
+			return notes, fmt.Errorf("ELF notes at offset %d: %w", n.offset, eofIsTruncated(err))
+		}
+		if err := notes.add(p); err != nil {
+			return notes, err
+		}
+		off = n.offset + n.fileSize
+	}
+	return notes, nil
+}
+
+// skip drops n bytes, by seeking where r can.
+func skip(r io.Reader, n uint64) error {
+	if s, ok := r.(io.Seeker); ok {
+		_, err := s.Seek(int64(n), io.SeekCurrent)
+		return err
+	}
+	_, err := io.CopyN(io.Discard, r, int64(n))
+	return err
 }
 
 // expectEnd reads the end of a decompressed stream, where its checksum is.

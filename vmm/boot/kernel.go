@@ -22,6 +22,7 @@ type Kernel struct {
 	format string
 	setup  *setupHeader // nil unless the image is a bzImage
 	elf    elfHeader
+	notes  elfNotes
 }
 
 // imageFile is where the ELF image is: a stretch of a file, compressed or not.
@@ -41,7 +42,7 @@ func OpenKernel(path string) (*Kernel, error) {
 	}
 	info, err := f.Stat()
 	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%w: it is a %s, not a regular file", ErrNotKernel, info.Mode().Type())
+		err = fmt.Errorf("%w: not a regular file", ErrNotKernel)
 	}
 	var k *Kernel
 	if err == nil {
@@ -96,6 +97,15 @@ func LoadKernel(r io.ReaderAt, size int64) (*Kernel, error) {
 	if k.elf, err = readELFHeader(s, k.image.size); err != nil {
 		return nil, err
 	}
+	if k.setup != nil {
+		// Its notes lie deep in what has to be decompressed first, and are
+		// needed only for PVH: see Load.
+		k.notes.linux = true
+		return k, nil
+	}
+	if k.notes, err = k.readNotes(); err != nil {
+		return nil, err
+	}
 	return k, nil
 }
 
@@ -110,21 +120,21 @@ func (k *Kernel) Close() error {
 // String says what kind of image k is: "bzImage, zstd".
 func (k *Kernel) String() string { return k.format }
 
+// Linux tells whether k is a Linux kernel: a bzImage, or ELF with Linux's notes.
+func (k *Kernel) Linux() bool { return k.notes.linux }
+
 // span is what the kernel occupies, from its first segment to its last.
 func (k *Kernel) span() guestmem.Range {
-	first, end := k.elf.segments[0].gpa, uint64(0)
-	for _, s := range k.elf.segments {
-		first, end = min(first, s.gpa), max(end, s.gpa+s.memSize)
-	}
-	return guestmem.Range{GPA: first, Size: end - first}
+	first, last := k.elf.segments[0], k.elf.segments[len(k.elf.segments)-1]
+	return guestmem.Range{GPA: first.gpa, Size: last.gpa + last.memSize - first.gpa}
 }
 
 // commandLineMax is the longest command line in bytes, without the NUL.
-func (k *Kernel) commandLineMax(notes elfNotes) uint64 {
+func (k *Kernel) commandLineMax() uint64 {
 	switch {
 	case k.setup != nil:
 		return min(uint64(k.setup.commandLineMax), CommandLineSize-1)
-	case notes.linux:
+	case k.notes.linux:
 		return linuxCommandLine
 	}
 	return CommandLineSize - 1
@@ -235,5 +245,5 @@ func (f *imageFile) readSize(limit uint64) error {
 
 // open returns a stream of the ELF image.
 func (f *imageFile) open() (io.ReadCloser, error) {
-	return decompress(f.compression, io.NewSectionReader(f.file, f.offset, f.length), f.length, f.size)
+	return decompress(f.compression, io.NewSectionReader(f.file, f.offset, f.length), f.size)
 }

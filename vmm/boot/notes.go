@@ -18,39 +18,35 @@ type elfNotes struct {
 	pvhEntry uint32
 }
 
-// parseNotes reads the given PT_NOTE segments. Linux is recognised by notes
-// only: each vmlinux since 4.19 has one of owner "Linux" (its build salt), and
-// those of Xen configurations name the guest OS.
-func parseNotes(segments [][]byte) (elfNotes, error) {
-	var n elfNotes
-	for _, p := range segments {
-		for len(p) >= 12 {
-			le := binary.LittleEndian
-			nameSize, descSize, kind := uint64(le.Uint32(p)), uint64(le.Uint32(p[4:])), le.Uint32(p[8:])
-			p = p[12:]
-			name, rest, ok := cutPadded(p, nameSize)
-			if !ok {
-				break
+// add reads a PT_NOTE segment. Linux is recognised by notes only: each vmlinux
+// since 4.19 has one of owner "Linux" (its build salt), and those of Xen
+// configurations name the guest OS.
+func (n *elfNotes) add(p []byte) error {
+	le := binary.LittleEndian
+	for len(p) >= 12 {
+		nameSize, descSize, kind := uint64(le.Uint32(p)), uint64(le.Uint32(p[4:])), le.Uint32(p[8:])
+		name, rest, ok := cutPadded(p[12:], nameSize)
+		if !ok {
+			break
+		}
+		desc, rest, ok := cutPadded(rest, descSize)
+		if !ok {
+			break
+		}
+		p = rest
+		switch owner := cString(name); {
+		case owner == "Linux":
+			n.linux = true
+		case owner == "Xen" && kind == noteXenGuestOS:
+			n.linux = n.linux || cString(desc) == "linux"
+		case owner == "Xen" && kind == noteXenPhys32Entry:
+			if len(desc) < 4 || len(desc) >= 8 && le.Uint32(desc[4:]) != 0 {
+				return fmt.Errorf("%w: PVH entry note with value % x: it must be a 32-bit address", ErrNotKernel, desc)
 			}
-			desc, rest, ok := cutPadded(rest, descSize)
-			if !ok {
-				break
-			}
-			p = rest
-			switch owner := cString(name); {
-			case owner == "Linux":
-				n.linux = true
-			case owner == "Xen" && kind == noteXenGuestOS:
-				n.linux = n.linux || cString(desc) == "linux"
-			case owner == "Xen" && kind == noteXenPhys32Entry:
-				if len(desc) < 4 || len(desc) >= 8 && le.Uint32(desc[4:]) != 0 {
-					return n, fmt.Errorf("%w: PVH entry note with value % x: it must be a 32-bit address", ErrNotKernel, desc)
-				}
-				n.hasPVH, n.pvhEntry = true, le.Uint32(desc)
-			}
+			n.hasPVH, n.pvhEntry = true, le.Uint32(desc)
 		}
 	}
-	return n, nil
+	return nil
 }
 
 // cutPadded cuts n bytes and their padding to 4 off p; the last padding may be
