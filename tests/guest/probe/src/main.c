@@ -34,7 +34,7 @@ static const struct {
 	{"fill", work_fill}, {"verify", work_verify},
 	{"out", work_out}, {"mmio", work_mmio}, {"cpuid", work_cpuid},
 	{"tick", work_tick}, {"time", work_time}, {"spin", work_spin}, {"wait", work_wait},
-	{"fault", work_fault}, {"blk", work_blk},
+	{"fault", work_fault}, {"blk", work_blk}, {"rng", work_rng}, {"net", work_net},
 };
 
 static void run(const struct work *w)
