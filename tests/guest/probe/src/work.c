@@ -73,17 +73,19 @@ void work_chase(const struct work *w)
 		meta_release(mark);
 	}
 	u64 hops = number(w, "hops", a->pages);
-	volatile u64 *p = page_of(a, 0);
-	u64 start = rdtsc();
-	for (u64 i = 0; i < hops; i++)
+	volatile u64 *first = page_of(a, 0), *p = first;
+	u64 rounds = 0, start = rdtsc();
+	for (u64 i = 0; i < hops; i++) {
 		p = (volatile u64 *)*p;
+		rounds += p == first;
+	}
 	u64 cycles = rdtsc() - start;
 	line("chase");
 	kv("pages", a->pages);
 	kv("hops", hops);
 	kv("cycles", cycles);
 	kv("khz", tsc_khz());
-	kv("at", ((u64)p - a->va) / PAGE);
+	kv("rounds", rounds);
 	end();
 }
 
