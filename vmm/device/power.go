@@ -227,7 +227,7 @@ func (p *Power) armTimer(ticks uint64) {
 	}
 	left := pmTimerHalf - ticks%pmTimerHalf
 	// Not too short: a paused machine's clock comes no nearer.
-	wait := max(time.Duration(left*uint64(time.Second)/PMTimerHz), time.Millisecond)
+	wait := max(time.Duration((left*uint64(time.Second)+PMTimerHz-1)/PMTimerHz), time.Millisecond)
 	if p.timer == nil {
 		p.timer = time.AfterFunc(wait, func() {
 			p.mu.Lock()
@@ -241,41 +241,22 @@ func (p *Power) armTimer(ticks uint64) {
 
 // ResetPort is the chipset's reset control register (Intel ICH9, section
 // 13.7.5), one byte at PortReset, which the FADT names as the ACPI reset
-// register: a write with RST_CPU set resets the machine.
-type ResetPort struct {
-	platform Platform
-	mu       sync.Mutex
-	value    uint8 // guarded by mu
-}
+// register: a write with RST_CPU set resets the machine. It holds nothing and
+// reads as zero.
+type ResetPort struct{ platform Platform }
 
-// Bits of the reset control register.
-const (
-	resetSystem = 1 << 1 // what kind of reset; all are alike here
-	resetCPU    = 1 << 2 // do it
-)
+// resetCPU does the reset; the other bits only choose its kind.
+const resetCPU = 1 << 2
 
 // NewResetPort returns the register.
-func NewResetPort(platform Platform) *ResetPort { return &ResetPort{platform: platform} }
+func NewResetPort(platform Platform) ResetPort { return ResetPort{platform} }
 
-// Read reads the register: the kind of reset last chosen.
-func (r *ResetPort) Read(_ uint64, p []byte) {
-	clear(p)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if len(p) > 0 {
-		p[0] = r.value
-	}
-}
+// Read reads zero.
+func (r ResetPort) Read(_ uint64, p []byte) { clear(p) }
 
 // Write writes the register.
-func (r *ResetPort) Write(_ uint64, p []byte) {
-	if len(p) == 0 {
-		return
-	}
-	r.mu.Lock()
-	r.value = p[0] & resetSystem
-	r.mu.Unlock()
-	if p[0]&resetCPU != 0 {
+func (r ResetPort) Write(_ uint64, p []byte) {
+	if len(p) > 0 && p[0]&resetCPU != 0 {
 		r.platform.Reset("reset register 0xcf9")
 	}
 }
