@@ -48,9 +48,10 @@ const (
 	blkMaxRangeSectors = 1 << 21
 	blkUnmap           = 1 << 0
 
-	// blkFlushBytes is how much data a worker moves before it tells the
-	// driver of the requests that are done.
-	blkFlushBytes = 256 << 10
+	// A worker with more to do interrupts the driver for what is done after
+	// blkFlushCost bytes; a request counts for blkRequestCost more than its data.
+	blkFlushCost   = 256 << 10
+	blkRequestCost = 4 << 10
 )
 
 // Device configuration (section 5.2.4).
@@ -238,7 +239,7 @@ func (b *Blk) writeThrough() bool {
 // Handle serves requests until the queue is empty.
 func (b *Blk) Handle(q *Queue) error {
 	bq := b.queues[q.Index()]
-	sinceFlush := 0
+	cost := 0
 	for {
 		ok, err := q.Pop(&bq.chain)
 		if err != nil || !ok {
@@ -251,12 +252,9 @@ func (b *Blk) Handle(q *Queue) error {
 		if err := q.Push(&bq.chain, written); err != nil {
 			return err
 		}
-		for _, buf := range bq.bufs {
-			sinceFlush += len(buf)
-		}
-		if sinceFlush >= blkFlushBytes {
+		if cost += blkRequestCost + int(total(bq.bufs)); cost >= blkFlushCost {
 			q.Flush()
-			sinceFlush = 0
+			cost = 0
 		}
 	}
 }

@@ -68,6 +68,20 @@ func (m *memNode) WriteZeroes(off, n int64, unmap bool) error {
 	return m.fail
 }
 
+// content is a copy of a part of the disk.
+func (m *memNode) content(off uint64, n int) []byte {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return bytes.Clone(m.data[off:][:n])
+}
+
+// count reads one of the counters.
+func (m *memNode) count(n *int) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return *n
+}
+
 func (m *memNode) Size() int64      { return int64(len(m.data)) }
 func (m *memNode) ReadOnly() bool   { return m.readOnly }
 func (m *memNode) Info() block.Info { return block.Info{Format: "memory", VirtualSize: m.Size()} }
@@ -167,7 +181,7 @@ func TestBlkReadsWhatItWrote(t *testing.T) {
 				if s, _ := b.request(blkOut, sector, want, false); s != blkOK {
 					t.Fatalf("write %d: status %d", i, s)
 				}
-				if got := b.node.data[sector*512:][:len(want)]; !bytes.Equal(got, want) {
+				if got := b.node.content(sector*512, len(want)); !bytes.Equal(got, want) {
 					t.Fatalf("write %d: disk holds other data", i)
 				}
 				s, got := b.request(blkIn, sector, make([]byte, len(want)), true)
@@ -175,8 +189,8 @@ func TestBlkReadsWhatItWrote(t *testing.T) {
 					t.Fatalf("read %d: status %d, data equal: %v", i, s, bytes.Equal(got, want))
 				}
 			}
-			if s, _ := b.request(blkFlush, 0, nil, false); s != blkOK || b.node.flushes != 1 {
-				t.Errorf("flush: status %d, %d flushes", s, b.node.flushes)
+			if s, _ := b.request(blkFlush, 0, nil, false); s != blkOK || b.node.count(&b.node.flushes) != 1 {
+				t.Errorf("flush: status %d, %d flushes", s, b.node.count(&b.node.flushes))
 			}
 			if s, id := b.request(blkGetID, 0, make([]byte, 20), true); s != blkOK || string(id[:9]) != "gnomon-1\x00" {
 				t.Errorf("id: status %d, %q", s, id)

@@ -59,14 +59,15 @@ func newDriver(mem *guestmem.Memory, base uint64, size uint16, features uint64) 
 	d.state = QueueState{Size: size, Enabled: true, Vector: NoVector, AvailWrap: true, UsedWrap: true}
 	at := base
 	take := func(n, align uint64) uint64 {
-		at = (at + align - 1) &^ (align - 1)
-		at += n
-		return at - n
+		gpa := (at + align - 1) &^ (align - 1)
+		at = gpa + n
+		return gpa
 	}
 	d.state.Desc = take(16*uint64(size), 16)
-	d.state.Driver = take(6+2*uint64(size), 4) + 2*(1-uint64(features>>34&1)) // 2-aligned only, where that is allowed
-	d.state.Device = take(6+8*uint64(size)+2, 4)
-	at += 4
+	d.state.Driver = take(8+2*uint64(size), 4)
+	if !d.packed {
+		d.state.Driver += 2 // multiples of 2 are allowed
+	}
 	d.state.Device = take(6+8*uint64(size), 4)
 	d.tables = take(uint64(size)*testTableLen*16, 16)
 	for i := range size {

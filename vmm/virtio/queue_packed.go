@@ -131,7 +131,7 @@ func (q *Queue) wantInterruptPacked() bool {
 		then += uint32(q.size)
 	}
 	behind := (now + laps - then%laps) % laps
-	return behind-1 < q.unsignalled
+	return behind-1 < q.unsignalled || q.unsignalled >= laps
 }
 
 func (q *Queue) suppressKicksPacked() { q.storeEvent(0, eventDisable) }
