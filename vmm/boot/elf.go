@@ -64,7 +64,8 @@ func readELFHeader(r io.Reader, size uint64) (elfHeader, error) {
 	var h elfHeader
 	head := make([]byte, elfHeaderSize)
 	if n, err := io.ReadFull(r, head); err != nil {
-		if !isELF(head[:n]) && errors.Is(err, io.ErrUnexpectedEOF) {
+		// Unwrapped it says that the image ended; wrapped, that its packing did.
+		if err == io.ErrUnexpectedEOF && !isELF(head[:n]) {
 			return h, explainForeign(head[:n])
 		}
 		return h, fmt.Errorf("ELF header: %w", eofIsTruncated(err))
