@@ -3,6 +3,7 @@ package device
 import (
 	"errors"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -136,12 +137,12 @@ func TestPMTimerStatus(t *testing.T) {
 // sinceClock runs with (fake) time until it is frozen.
 type sinceClock struct {
 	start  time.Time
-	frozen time.Duration
+	frozen atomic.Int64 // 0: it runs
 }
 
 func (c *sinceClock) Now() time.Duration {
-	if c.frozen != 0 {
-		return c.frozen
+	if at := c.frozen.Load(); at != 0 {
+		return time.Duration(at)
 	}
 	return time.Since(c.start)
 }
@@ -161,7 +162,7 @@ func TestPMTimerInterrupt(t *testing.T) {
 			}
 			p.out16(PortPM1Event, pm1Timer)
 		}
-		clock.frozen = clock.Now()
+		clock.frozen.Store(int64(clock.Now()))
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		if sci.rose() != 5 {

@@ -300,7 +300,7 @@ func TestRTCAlarm(t *testing.T) {
 		c.put(rtcRegB, mode|rtcAlarm)
 		for day := range 3 {
 			for !c.irq.level() {
-				time.Sleep(500 * time.Millisecond)
+				time.Sleep(10 * time.Second)
 				synctest.Wait()
 			}
 			if got := time.Now().UTC(); got.Hour() != 15 || got.Minute() != 45 || got.Second() != 10 || got.Nanosecond() != 0 {
