@@ -165,7 +165,9 @@ struct arena *arena_for(const struct work *w)
 	bool remap = word(w, "scatter", NULL) || word(w, "within", NULL);
 	if (current.pages && !remap && (!size || size == current.pages))
 		return &current;
-	u64 within = number(w, "within", heap_pages() * PAGE) / PAGE;
+	u64 within = number(w, "within", 0) / PAGE;
+	if (!within)
+		within = size ? size : heap_pages();
 	if (within > heap_pages())
 		within = heap_pages();
 	if (!size)
