@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -301,5 +303,23 @@ func (w *wire) settle() (lines []string) {
 			return lines
 		}
 		lines = append(lines, l)
+	}
+}
+
+// fdNumber is what differs between two processes about the same descriptor.
+var fdNumber = regexp.MustCompile(`"fd": [0-9]+`)
+
+// sortFDSets brings what query-fdsets returns into an order: QEMU lists what came last first.
+func sortFDSets(v any) {
+	switch v := v.(type) {
+	case map[string]any:
+		for _, e := range v {
+			sortFDSets(e)
+		}
+	case []any:
+		for _, e := range v {
+			sortFDSets(e)
+		}
+		slices.SortFunc(v, func(a, b any) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
 	}
 }
