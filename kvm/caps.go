@@ -148,6 +148,7 @@ const (
 	CapPreFaultMemory         = Cap(236)
 	CapX86APICBusCyclesNS     = Cap(237)
 	CapX86GuestMode           = Cap(238)
+	CapGuestMemFDFlags        = Cap(244)
 )
 
 var youngCaps = map[Cap]string{
@@ -161,6 +162,7 @@ var youngCaps = map[Cap]string{
 	CapPreFaultMemory:         "KVM_CAP_PRE_FAULT_MEMORY",
 	CapX86APICBusCyclesNS:     "KVM_CAP_X86_APIC_BUS_CYCLES_NS",
 	CapX86GuestMode:           "KVM_CAP_X86_GUEST_MODE",
+	CapGuestMemFDFlags:        "KVM_CAP_GUEST_MEMFD_FLAGS",
 }
 
 // String returns the kernel's name for the capability.

@@ -124,7 +124,7 @@ func (g *Guest) make(sys *kvm.System, config Config) (err error) {
 // writeTables puts page tables, segments and interrupt gates into memory.
 func (g *Guest) writeTables(gates map[uint8]uint64) {
 	put := func(at int, value uint64) { binary.LittleEndian.PutUint64(g.Memory[at:], value) }
-	const presentWritableUser, large = 0x7, 0x80
+	const presentWritableUser, large = 0x67, 0x80 // accessed and dirty already, so that nothing writes the tables
 	put(pml4, pdpt|presentWritableUser)
 	put(pdpt, pd|presentWritableUser)
 	for i := 0; i < 512; i++ {
