@@ -3,6 +3,7 @@ package virtio
 import (
 	"errors"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
@@ -21,12 +22,14 @@ type guest struct {
 	pci   *PCI
 	base  uint64 // of the BAR
 	msi   *msiSink
-	lines *[device.GSIPCICount]bool
+
+	raised chan int // interrupt lines that came up
 
 	mu     sync.Mutex
-	broken []error // guarded by mu
+	broken []error                  // guarded by mu
+	lines  [device.GSIPCICount]bool // guarded by mu
 
-	kicks int // notifications by MMIO
+	kicks atomic.Int64 // notifications by MMIO
 	fds   *fakeEventFDs
 }
 
@@ -61,6 +64,13 @@ func (m *msiSink) total() int {
 		n += c
 	}
 	return n
+}
+
+// data is how many messages there were with this data.
+func (m *msiSink) data(d uint32) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.count[d]
 }
 
 // fakeEventFDs is KVM's part in notifications: a write to an assigned address
@@ -105,12 +115,12 @@ func newGuest(t testing.TB, dev Device) *guest {
 	t.Helper()
 	g := &guest{
 		t: t, mem: testMemory(t), mmio: device.NewBus("MMIO"), ports: device.NewBus("port"),
-		msi:   &msiSink{count: map[uint32]int{}, arrived: make(chan uint32, 1024)},
-		lines: &[device.GSIPCICount]bool{}, fds: &fakeEventFDs{fds: map[uint64]int{}},
+		msi:    &msiSink{count: map[uint32]int{}, arrived: make(chan uint32, 1024)},
+		raised: make(chan int, 1024), fds: &fakeEventFDs{fds: map[uint64]int{}},
 	}
 	var lines [device.GSIPCICount]device.Line
 	for i := range lines {
-		lines[i] = device.LineFunc(func(high bool) { g.lines[i] = high })
+		lines[i] = device.LineFunc(func(high bool) { g.setLine(i, high) })
 	}
 	g.host = device.NewPCIHost(g.mmio, g.msi, lines)
 	if err := g.ports.Map(device.PortPCIAddress, device.PCIPortCount, g.host.Ports(nil)); err != nil {
@@ -134,6 +144,21 @@ func newGuest(t testing.TB, dev Device) *guest {
 	}
 	g.base = uint64(g.config(0x10, 4)) &^ 0xF
 	return g
+}
+
+func (g *guest) setLine(i int, high bool) {
+	g.mu.Lock()
+	g.lines[i] = high
+	g.mu.Unlock()
+	if high {
+		g.raised <- i
+	}
+}
+
+func (g *guest) line(i int) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.lines[i]
 }
 
 // config reads configuration space by ECAM.
@@ -219,7 +244,7 @@ func (g *guest) kick(i int) {
 	if g.fds.write(addr) {
 		return
 	}
-	g.kicks++
+	g.kicks.Add(1)
 	g.mmio.Write(addr, []byte{byte(i), 0})
 }
 
@@ -241,7 +266,9 @@ func (g *guest) reap(d *driver, i int) (tag int, written uint32) {
 				g.mu.Lock()
 				err := g.broken
 				g.mu.Unlock()
-				g.t.Fatalf("configuration interrupt while waiting for queue %d: %v", i, err)
+				if len(err) > 0 {
+					g.t.Fatalf("device broke while waiting for queue %d: %v", i, err)
+				}
 			}
 		}
 	}
