@@ -132,6 +132,11 @@ func TestPMTimerStatus(t *testing.T) {
 	if a.in16(PortPM1Event)&pm1Timer == 0 {
 		t.Error("timer status lost")
 	}
+	a.clock.advance(2 * half) // what came before the write is cleared by it
+	a.out16(PortPM1Event, pm1Timer)
+	if a.in16(PortPM1Event)&pm1Timer != 0 {
+		t.Error("timer status came back after it was cleared")
+	}
 }
 
 // sinceClock runs with (fake) time until it is frozen.
