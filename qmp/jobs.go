@@ -69,7 +69,7 @@ var jobVerbs = map[jobVerb][]JobStatus{
 	verbCancel:   {JobCreated, JobRunning, JobPaused, JobReady, JobStandby, JobWaiting, JobPending},
 	verbPause:    {JobCreated, JobRunning, JobPaused, JobReady, JobStandby},
 	verbResume:   {JobCreated, JobRunning, JobPaused, JobReady, JobStandby},
-	verbComplete: {JobReady},
+	verbComplete: {JobReady, JobStandby},
 	verbFinalize: {JobPending},
 	verbDismiss:  {JobConcluded},
 }
@@ -483,14 +483,14 @@ func (j *Job) Cancel(force bool) error {
 	return nil
 }
 
-// Complete tells a job that is ready to do what it is for.
+// Complete tells a job that is ready to do what it is for, once it is not paused.
 func (j *Job) Complete() error {
 	j.owner.mu.Lock()
 	defer j.owner.mu.Unlock()
 	if err := j.verbLocked(verbComplete); err != nil {
 		return err
 	}
-	if j.userPaused || j.cancelled || j.softCancelled {
+	if j.cancelled || j.softCancelled {
 		return Errorf("The active block job '%s' cannot be completed", j.id)
 	}
 	j.completing = true

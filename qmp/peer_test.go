@@ -149,8 +149,8 @@ type nested struct {
 	Children []nested `qmp:"children,omitempty"`
 }
 
-// newMachine returns a server with the commands that the tests use, some of which QEMU has too.
-func newMachine(t testing.TB) *machine {
+// newMachine returns a server with the commands that the tests use, some of which QEMU has too, and those of more.
+func newMachine(t testing.TB, more ...func(*qmp.Registry)) *machine {
 	t.Helper()
 	m := &machine{blocked: make(chan struct{}, 100), release: make(chan struct{})}
 	reg := qmp.NewRegistry()
@@ -214,6 +214,9 @@ func newMachine(t testing.TB) *machine {
 		}
 		return string(buf[:n]), nil
 	})
+	for _, r := range more {
+		r(reg)
+	}
 	m.srv = qmp.NewServer(reg, qmp.Version{Major: 7, Minor: 2, Micro: 22, Package: "gnomon"})
 	m.path = filepath.Join(t.TempDir(), "gnomon.sock")
 	if err := m.srv.Listen("unix:" + m.path); err != nil {
