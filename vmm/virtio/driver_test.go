@@ -73,6 +73,7 @@ func newDriver(mem *guestmem.Memory, base uint64, size uint16, features uint64) 
 	for i := range size {
 		d.freeDesc = append(d.freeDesc, i)
 	}
+	clear(must(mem.Slice(base, at-base)))
 	d.desc = must(mem.Slice(d.state.Desc, 16*uint64(size)))
 	d.drv = must(mem.Slice(d.state.Driver, 6+2*uint64(size)))
 	d.dev = must(mem.Slice(d.state.Device, 6+8*uint64(size)))

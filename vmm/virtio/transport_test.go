@@ -78,7 +78,10 @@ func (d *echoDevice) Handle(q *Queue) error {
 		return err
 	}
 	if block != nil {
-		entered <- struct{}{}
+		select {
+		case entered <- struct{}{}:
+		case <-block:
+		}
 		<-block
 	}
 	var c Chain
