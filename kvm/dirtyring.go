@@ -27,6 +27,7 @@ const (
 
 // dirtyRing is where KVM tells the pages that a VCPU wrote.
 type dirtyRing struct {
+	size    uint64 // bytes, as the VM's rings were enabled
 	mapping []byte
 	entries []dirtyGFN
 	next    uint32 // the entry HarvestDirty looks at first, modulo len(entries)
@@ -46,18 +47,22 @@ func (r *dirtyRing) unmap() error {
 // entries*DirtyRingEntrySize) turns rings on.
 const DirtyRingEntrySize = 16
 
-// MapDirtyRing maps the VCPU's dirty ring; entries is the power of two that
-// the VM's rings were enabled with.
+// MapDirtyRing maps the VCPU's dirty ring; entries is what the VM's rings were
+// enabled with.
 func (v *VCPU) MapDirtyRing(entries int) error {
-	if entries <= 0 || entries&(entries-1) != 0 || v.ring.mapping != nil {
-		return fmt.Errorf("%w: vCPU %d: %d entries is not a power of two, or it is mapped already", ErrDirtyRing, v.ID, entries)
+	// Touching a mapping that is longer than the ring would kill the process.
+	if entries <= 0 || uint64(entries)*DirtyRingEntrySize != v.ring.size {
+		return fmt.Errorf("%w: vCPU %d: %d entries, but enabled with %d", ErrDirtyRing, v.ID, entries, v.ring.size/DirtyRingEntrySize)
+	}
+	if v.ring.mapping != nil {
+		return fmt.Errorf("%w: vCPU %d: mapped already", ErrDirtyRing, v.ID)
 	}
 	mapping, err := unix.Mmap(v.fd, dirtyRingPage*pageSize, entries*DirtyRingEntrySize,
 		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return fmt.Errorf("%w: vCPU %d: map %d entries: %w", ErrDirtyRing, v.ID, entries, err)
 	}
-	v.ring = dirtyRing{mapping: mapping, entries: dirtyGFNs(mapping)}
+	v.ring.mapping, v.ring.entries, v.ring.next = mapping, dirtyGFNs(mapping), 0
 	return nil
 }
 

@@ -114,6 +114,7 @@ func parseStats(all []byte) ([]Stat, error) {
 		return nil, fmt.Errorf("%w: header: %w", ErrStats, err)
 	}
 	var stats []Stat
+	room := len(all) // for values: they do not overlap
 	descSize := uint64(binary.Size(statsDesc{})) + uint64(header.NameSize)
 	for i := uint64(0); i < uint64(header.Count); i++ {
 		raw, ok := slice(all, uint64(header.DescOffset)+i*descSize, descSize)
@@ -124,7 +125,7 @@ func parseStats(all []byte) ([]Stat, error) {
 		}
 		name, _, _ := bytes.Cut(raw[n:], []byte{0})
 		values, ok := slice(all, uint64(header.DataOffset)+uint64(desc.Offset), 8*uint64(desc.Size))
-		if !ok {
+		if room -= len(values); !ok || room < 0 {
 			return nil, fmt.Errorf("%w: values of %q lie outside", ErrStats, name)
 		}
 		stat := Stat{

@@ -245,6 +245,7 @@ func (v *VCPU) SetLAPIC(lapic *LAPIC) error {
 
 // SetGuestDebug chooses what ends Run with ExitDebug: control has GuestDebug*
 // bits, dr the debug registers for GuestDebugUseHWBP. A control of 0 ends it.
+// Where KVM interprets ring 0 (PVM), nothing in ring 3 ends Run so.
 func (v *VCPU) SetGuestDebug(control uint32, dr [8]uint64) error {
 	request := guestDebug{control: control, dr: dr}
 	_, errno := ioctlPtr(v.fd, nrSetGuestDebug, &request)

@@ -19,8 +19,9 @@ type VM struct {
 	vcpuMmapSize int
 	xsaveSize    int
 
-	mu    sync.Mutex
-	slots map[uint32]uint64 // guarded by mu; pages in each slot
+	mu       sync.Mutex
+	slots    map[uint32]uint64 // guarded by mu; pages in each slot
+	ringSize uint64            // guarded by mu; bytes of each VCPU's dirty ring; 0 without
 }
 
 func newVM(s *System, fd int) *VM {
@@ -57,7 +58,15 @@ func (vm *VM) Check(c Cap) int {
 // EnableCap turns on a capability of the VM (KVM_ENABLE_CAP); api.rst,
 // sections 7 and 8, tells what the up to four arguments mean.
 func (vm *VM) EnableCap(c Cap, args ...uint64) error {
-	return enableCapOn(vm.fd, c, args)
+	if err := enableCapOn(vm.fd, c, args); err != nil {
+		return err
+	}
+	if (c == CapDirtyLogRing || c == CapDirtyLogRingAcqRel) && len(args) > 0 {
+		vm.mu.Lock()
+		vm.ringSize = args[0]
+		vm.mu.Unlock()
+	}
+	return nil
 }
 
 func enableCapOn(fd int, c Cap, args []uint64) error {
@@ -181,7 +190,12 @@ func (vm *VM) CreateVCPU(id int) (*VCPU, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("vCPU %d: map run page: %w", id, err)
 	}
-	return &VCPU{ID: id, fd: fd, shared: shared, run: runPageOf(shared), xsaveSize: vm.xsaveSize}, nil
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	return &VCPU{
+		ID: id, fd: fd, shared: shared, run: runPageOf(shared), xsaveSize: vm.xsaveSize,
+		ring: dirtyRing{size: vm.ringSize},
+	}, nil
 }
 
 // errnoOrNil makes an errno an error without allocating.
