@@ -10,6 +10,7 @@ import (
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/vmm/boot"
+	"github.com/gnomon-vmm/gnomon/vmm/chardev"
 	"github.com/gnomon-vmm/gnomon/vmm/virtio"
 )
 
@@ -48,8 +49,8 @@ type Config struct {
 	Disks   []Disk
 	Nets    []Net
 	Vsock   *Vsock
-	Serial  io.Writer // COM1; nil: none connected
-	Console io.Writer // virtio console; nil: no such device
+	Serial  chardev.Backend // COM1; nil: none connected
+	Console chardev.Backend // virtio console; nil: no such device
 
 	NoBalloon bool
 	NoRNG     bool

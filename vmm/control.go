@@ -118,6 +118,8 @@ func (m *Machine) Run(ctx context.Context) (Exit, error) {
 		return "", fmt.Errorf("%w: it can be run only once, before Close", ErrState)
 	}
 	m.started = true
+	defer close(m.ended)
+	m.connect()
 	for _, c := range m.cpus {
 		m.threads.Add(1)
 		go func() {

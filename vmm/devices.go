@@ -6,16 +6,35 @@ import (
 	"io"
 
 	"github.com/gnomon-vmm/gnomon/vmm/boot"
+	"github.com/gnomon-vmm/gnomon/vmm/chardev"
 	"github.com/gnomon-vmm/gnomon/vmm/device"
+	"github.com/gnomon-vmm/gnomon/vmm/virtio"
 )
 
-// devices are the machine's devices apart from what hangs on PCI.
+// devices are the machine's devices.
 type devices struct {
 	serial     *device.Serial
 	rtc        *device.RTC
 	i8042      *device.I8042
 	power      *device.Power
 	generation *device.GenerationID
+
+	virtio  []*virtio.PCI // all below, by ascending slot
+	disks   []AttachedDisk
+	nets    []AttachedNet
+	balloon *virtio.Balloon // nil: none
+}
+
+// AttachedDisk is a disk and the virtio device that shows it to the guest.
+type AttachedDisk struct {
+	Disk
+	Device *virtio.Blk
+}
+
+// AttachedNet is a network device of the machine.
+type AttachedNet struct {
+	Net
+	Device *virtio.Net
 }
 
 // buildDevices puts every device on its bus.
@@ -42,7 +61,7 @@ func (m *Machine) buildDevices() error {
 	}
 	m.pci = device.NewPCIHost(m.mmio, m.vm, intx)
 
-	return errors.Join(
+	if err := errors.Join(
 		m.serial.Map(m.pio, device.PortCOM1),
 		m.rtc.Map(m.pio),
 		m.i8042.Map(m.pio),
@@ -50,7 +69,84 @@ func (m *Machine) buildDevices() error {
 		m.pio.Map(device.PortPVPanic, 1, device.NewPVPanic(m)),
 		m.pio.Map(device.PortPCIAddress, 8, m.pci.Ports(device.NewResetPort(m))),
 		m.mmio.Map(device.ECAMBase, device.ECAMSize, m.pci.ECAM()),
-	)
+		m.pio.Map(device.PortBIOSDebug, 1, device.Ignore{}),
+	); err != nil {
+		return err
+	}
+	return m.buildVirtio()
+}
+
+// connect lets the host's ends of the character devices deliver input.
+func (m *Machine) connect() {
+	if m.cfg.Serial != nil {
+		m.cfg.Serial.Connect(chardev.Frontend{Input: m.serial.Feed, Break: m.serial.Break})
+	}
+}
+
+// buildVirtio makes the virtio devices and puts each in the next PCI slot.
+func (m *Machine) buildVirtio() error {
+	for _, d := range m.cfg.Disks {
+		blk, err := virtio.NewBlk(virtio.BlkConfig{
+			Node: d.Node, Serial: d.Serial, Queues: d.Queues,
+			OnIOError: func(op virtio.BlkOp, err error) {
+				m.events.emit(BlockIOError{Device: d.ID, Operation: string(op), Err: err})
+			},
+		})
+		if err != nil {
+			return fmt.Errorf("disk %s: %w", d.ID, err)
+		}
+		if err := m.attach(blk, d.ID); err != nil {
+			return err
+		}
+		m.disks = append(m.disks, AttachedDisk{d, blk})
+	}
+	for _, n := range m.cfg.Nets {
+		nic, err := virtio.NewNet(virtio.NetConfig{Backend: n.Backend, MAC: n.MAC})
+		if err != nil {
+			return fmt.Errorf("network device %s: %w", n.ID, err)
+		}
+		if err := m.attach(nic, n.ID); err != nil {
+			return err
+		}
+		m.nets = append(m.nets, AttachedNet{n, nic})
+	}
+	if !m.cfg.NoRNG {
+		if err := m.attach(virtio.NewRNG(0), "rng0"); err != nil {
+			return err
+		}
+	}
+	if !m.cfg.NoBalloon {
+		m.balloon = virtio.NewBalloon(virtio.BalloonConfig{
+			Memory:   m.mem,
+			OnChange: func(actual uint64) { m.events.emit(BalloonChanged{actual}) },
+		})
+		if err := m.attach(m.balloon, "balloon0"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// attach puts a virtio device in the next PCI slot. It stands still until the
+// machine runs.
+func (m *Machine) attach(dev virtio.Device, name string) error {
+	p, err := virtio.NewPCI(dev, name, virtio.Env{
+		Mem:      m.mem,
+		EventFDs: m.vm,
+		OnBroken: func(name string, err error) {
+			m.cfg.Log("device %s: the guest's driver broke it: %v", name, err)
+			m.events.emit(DeviceBroken{Device: name, Err: err})
+		},
+	})
+	if err != nil {
+		return fmt.Errorf("device %s: %w", name, err)
+	}
+	m.virtio = append(m.virtio, p)
+	if err := m.pci.Add(len(m.virtio), p); err != nil {
+		return fmt.Errorf("device %s: %w", name, err)
+	}
+	p.Pause()
+	return nil
 }
 
 // resetDevices brings every device to its power-on state. Preconditions: the
@@ -67,9 +163,38 @@ func (m *Machine) resetDevices() error {
 	return m.interrupts.write(m.vm)
 }
 
-// closeDevices ends the devices and what they hold on the host.
-func (m *Machine) closeDevices() error {
-	return nil
+// closeDevices ends the devices' work. Preconditions: the vCPUs have ended.
+func (m *Machine) closeDevices() {
+	for _, p := range m.virtio {
+		p.Close()
+	}
+	if m.serial != nil {
+		m.serial.Close()
+	}
+	if m.rtc != nil {
+		m.rtc.Close()
+	}
+	if m.power != nil {
+		m.power.Close()
+	}
+}
+
+// closeHost closes what Config gave the machine.
+func (m *Machine) closeHost() error {
+	errs := []error{m.cfg.Kernel.Close()}
+	for _, d := range m.cfg.Disks {
+		errs = append(errs, d.Node.Close())
+	}
+	for _, n := range m.cfg.Nets {
+		errs = append(errs, n.Backend.Close())
+	}
+	if m.cfg.Serial != nil {
+		errs = append(errs, m.cfg.Serial.Close())
+	}
+	if m.cfg.Console != nil {
+		errs = append(errs, m.cfg.Console.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // reset resets the machine for r. It runs on Run's goroutine.

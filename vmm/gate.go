@@ -33,6 +33,7 @@ func newGate(cpus []*vcpu) *gate {
 func (g *gate) hold(h hold) {
 	g.mu.Lock()
 	g.held |= h
+	g.change.Broadcast() // holdClosed ends the wait of those that stand here
 	g.mu.Unlock()
 	for _, c := range g.cpus {
 		c.kick()

@@ -4,7 +4,6 @@
 package vmm
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -29,7 +28,6 @@ type Machine struct {
 	pio, mmio *device.Bus
 	pci       *device.PCIHost
 	devices
-	virtio []virtioPCI // by ascending slot
 
 	cpus    []*vcpu
 	threads sync.WaitGroup
@@ -42,6 +40,7 @@ type Machine struct {
 	interrupts interruptState // as KVM made the controllers: what a reset goes back to
 
 	requests requests
+	ended    chan struct{} // closed when Run returns
 	events   events
 
 	// ctl makes pause, resume, reset and close one at a time.
@@ -63,6 +62,7 @@ func New(cfg Config) (*Machine, error) {
 	}
 	m := &Machine{cfg: cfg, pid: os.Getpid(), status: StatusPrelaunch, clock: newClock()}
 	m.requests.wake = make(chan struct{}, 1)
+	m.ended = make(chan struct{})
 	if err := m.build(); err != nil {
 		m.release()
 		return nil, err
@@ -243,8 +243,8 @@ var firmwareMSRs = [...]kvm.MSREntry{
 	{Index: 0x2FF, Data: 1<<11 | 6}, // IA32_MTRR_DEF_TYPE: enabled, write-back
 }
 
-// Close releases everything; a machine that still runs quits first. It returns
-// when Run's threads have ended.
+// Close releases everything, what Config gave included; a machine that still
+// runs quits first.
 func (m *Machine) Close() error {
 	m.ctl.Lock()
 	if m.closed {
@@ -252,38 +252,35 @@ func (m *Machine) Close() error {
 		return nil
 	}
 	m.closed = true
-	m.gate.hold(holdClosed)
+	started := m.started
 	m.ctl.Unlock()
+	if started {
+		m.Quit()
+		<-m.ended
+	}
+	m.gate.hold(holdClosed)
 	m.threads.Wait()
-	err := m.release()
-	m.requests.wake <- struct{}{}
-	return err
+	m.release()
+	return m.closeHost()
 }
 
 // release undoes what New did, in reverse order. It works on a machine of
 // which only a part was built.
-func (m *Machine) release() error {
-	var errs []error
-	errs = append(errs, m.closeDevices())
+func (m *Machine) release() {
+	m.closeDevices()
 	for _, c := range m.cpus {
-		errs = append(errs, c.VCPU.Close())
+		c.VCPU.Close()
 	}
 	if m.vm != nil {
-		errs = append(errs, m.vm.Close())
+		m.vm.Close()
 	}
 	if m.sys != nil {
-		errs = append(errs, m.sys.Close())
+		m.sys.Close()
 	}
 	if m.mem != nil {
-		errs = append(errs, m.mem.Close())
+		m.mem.Close()
 	}
-	return errors.Join(errs...)
 }
 
 // Memory is the guest's RAM.
 func (m *Machine) Memory() *guestmem.Memory { return m.mem }
-
-type virtioPCI interface {
-	Pause()
-	Resume()
-}

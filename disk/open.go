@@ -1,0 +1,65 @@
+// Package disk opens virtual disks by path and format.
+package disk
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/disk/qcow2"
+	"github.com/gnomon-vmm/gnomon/disk/raw"
+)
+
+// Formats of disk images.
+const (
+	FormatRaw   = "raw"
+	FormatQcow2 = "qcow2"
+)
+
+// ErrFormat is an image whose format was not given and cannot be assumed.
+var ErrFormat = errors.New("disk format")
+
+// Options say how an image is opened.
+type Options struct {
+	// Format is FormatRaw or FormatQcow2; "": what the file's name says, .qcow2 or
+	// anything else, which is raw. The content never decides: the guest
+	// writes it, and a raw disk on which it has written a qcow2 header must
+	// not make the host open the backing file named there.
+	Format   string
+	ReadOnly bool
+}
+
+// Open opens the image at path. Errors wrap block.ErrInUse where another
+// machine has it.
+func Open(path string, o Options) (block.Node, error) {
+	switch o.Format {
+	case FormatRaw:
+		return raw.Open(path, o.ReadOnly)
+	case FormatQcow2:
+		return qcow2.Open(path, o.ReadOnly)
+	case "":
+	default:
+		return nil, fmt.Errorf("%w: %q: raw and qcow2 are possible", ErrFormat, o.Format)
+	}
+	if strings.HasSuffix(path, ".qcow2") {
+		return qcow2.Open(path, o.ReadOnly)
+	}
+	if looksLikeQcow2(path) {
+		return nil, fmt.Errorf("%w: %s starts with a qcow2 header: say format=qcow2, or format=raw if the guest wrote that itself", ErrFormat, path)
+	}
+	return raw.Open(path, o.ReadOnly)
+}
+
+func looksLikeQcow2(path string) bool {
+	f, err := os.Open(path)
+	if err != nil {
+		return false // raw.Open tells
+	}
+	defer f.Close()
+	var magic [4]byte
+	_, err = io.ReadFull(f, magic[:])
+	return err == nil && string(magic[:]) == qcow2.Magic
+}

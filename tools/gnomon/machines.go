@@ -1,0 +1,154 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sort"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A running machine has a directory of its name in the user's runtime
+// directory, with its QMP socket and machine.json. The process holds a lock on
+// machine.json: a directory whose file is not locked was left by a process that
+// was killed, and may be removed.
+const (
+	machineFile   = "machine.json"
+	machineSocket = "qmp.sock"
+)
+
+// machineInfo is what machine.json and gnomon ps --output json hold.
+type machineInfo struct {
+	Name    string    `json:"name"`
+	UUID    string    `json:"uuid"`
+	PID     int       `json:"pid"`
+	QMP     string    `json:"qmp"` // path of the unix socket
+	CPUs    int       `json:"cpus"`
+	Memory  uint64    `json:"memory"` // bytes
+	Started time.Time `json:"started"`
+}
+
+var machineName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+
+// machinesDir is the user's runtime directory.
+func machinesDir() string {
+	if dir := os.Getenv("GNOMON_RUNTIME_DIR"); dir != "" {
+		return dir
+	}
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
+		return filepath.Join(dir, "gnomon")
+	}
+	if os.Geteuid() == 0 {
+		return "/run/gnomon"
+	}
+	return filepath.Join(os.TempDir(), "gnomon-"+strconv.Itoa(os.Geteuid()))
+}
+
+// registration is this process's entry among the running machines.
+type registration struct {
+	dir  string
+	lock *os.File
+}
+
+// register claims a name. The socket's path is info.QMP.
+func register(info *machineInfo) (*registration, error) {
+	if !machineName.MatchString(info.Name) {
+		return nil, fmt.Errorf("machine name %q: use up to 64 letters, digits, dots, dashes and underscores", info.Name)
+	}
+	parent := machinesDir()
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return nil, fmt.Errorf("make the runtime directory: %w; set GNOMON_RUNTIME_DIR to one you may write", err)
+	}
+	if err := ownDirectory(parent); err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(parent, info.Name)
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("register machine: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, machineFile), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("register machine: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("a machine named %s is running: choose another --name, or end that one (gnomon qmp %s quit)", info.Name, info.Name)
+	}
+	r := &registration{dir: dir, lock: f}
+	info.QMP = filepath.Join(dir, machineSocket)
+	err = f.Truncate(0)
+	if err == nil {
+		err = json.NewEncoder(f).Encode(info)
+	}
+	if err != nil {
+		r.remove()
+		return nil, fmt.Errorf("register machine: %w", err)
+	}
+	return r, nil
+}
+
+// ownDirectory refuses a runtime directory that somebody else prepared.
+func ownDirectory(dir string) error {
+	var st unix.Stat_t
+	if err := unix.Lstat(dir, &st); err != nil {
+		return fmt.Errorf("runtime directory %s: %w", dir, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("runtime directory %s belongs to somebody else: set GNOMON_RUNTIME_DIR to one of your own", dir)
+	}
+	return nil
+}
+
+// remove takes the machine out of the runtime directory.
+func (r *registration) remove() {
+	// The lock goes last, so that nobody sees a half-removed machine as dead.
+	os.RemoveAll(r.dir)
+	r.lock.Close()
+}
+
+// runningMachines lists the user's running machines by name.
+func runningMachines() ([]machineInfo, error) {
+	entries, err := os.ReadDir(machinesDir())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list machines: %w", err)
+	}
+	machines := []machineInfo{}
+	for _, e := range entries {
+		if info, ok := readMachine(filepath.Join(machinesDir(), e.Name())); ok {
+			machines = append(machines, info)
+		}
+	}
+	sort.Slice(machines, func(i, j int) bool { return machines[i].Name < machines[j].Name })
+	return machines, nil
+}
+
+// readMachine reads the entry of a machine, if its process lives.
+func readMachine(dir string) (info machineInfo, ok bool) {
+	f, err := os.Open(filepath.Join(dir, machineFile))
+	if err != nil {
+		return info, false
+	}
+	defer f.Close()
+	if unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil {
+		return info, false // nobody holds it
+	}
+	return info, json.NewDecoder(f).Decode(&info) == nil
+}
+
+// qmpAddress turns what a user calls a machine, its name or its QMP socket,
+// into the address of its QMP socket.
+func qmpAddress(machine string) string {
+	if machineName.MatchString(machine) {
+		if info, ok := readMachine(filepath.Join(machinesDir(), machine)); ok {
+			return "unix:" + info.QMP
+		}
+	}
+	return machine
+}

@@ -1,0 +1,115 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// options are the key=value list of a flag such as --disk. As in QEMU, a comma
+// in a value is written twice.
+type options struct {
+	flag   string
+	text   string
+	values map[string]string
+}
+
+// parseOptions reads a list that may hold the given keys, each once.
+func parseOptions(flag, text string, keys ...string) (*options, error) {
+	o := &options{flag: flag, text: text, values: map[string]string{}}
+	const comma = "\x00" // no argument holds it
+	for _, part := range strings.Split(strings.ReplaceAll(text, ",,", comma), ",") {
+		key, value, ok := strings.Cut(strings.ReplaceAll(part, comma, ","), "=")
+		switch {
+		case !ok:
+			return nil, o.errorf("%q is not key=value; keys are %s", part, strings.Join(keys, ", "))
+		case !slices.Contains(keys, key):
+			return nil, o.errorf("there is no %q; keys are %s", key, strings.Join(keys, ", "))
+		case o.has(key):
+			return nil, o.errorf("%s is given twice", key)
+		}
+		o.values[key] = value
+	}
+	return o, nil
+}
+
+func (o *options) errorf(format string, args ...any) error {
+	return usageError(fmt.Errorf("--%s %s: %s", o.flag, o.text, fmt.Sprintf(format, args...)))
+}
+
+func (o *options) has(key string) bool {
+	_, ok := o.values[key]
+	return ok
+}
+
+// need returns a value that must be there.
+func (o *options) need(key string) (string, error) {
+	v := o.values[key]
+	if v == "" {
+		return "", o.errorf("%s= is missing", key)
+	}
+	return v, nil
+}
+
+// onOff returns a switch, off where it is not given.
+func (o *options) onOff(key string) (bool, error) {
+	switch o.values[key] {
+	case "", "off":
+		return false, nil
+	case "on":
+		return true, nil
+	}
+	return false, o.errorf("%s=%s: on and off are possible", key, o.values[key])
+}
+
+// number returns a number from low to high, or absent.
+func (o *options) number(key string, absent, low, high uint64) (uint64, error) {
+	v, ok := o.values[key]
+	if !ok {
+		return absent, nil
+	}
+	n, err := strconv.ParseUint(v, 10, 64)
+	if err != nil || n < low || n > high {
+		return 0, o.errorf("%s=%s: %d to %d are possible", key, v, low, high)
+	}
+	return n, nil
+}
+
+// oneOf returns one of the choices, or absent.
+func (o *options) oneOf(key, absent string, choices ...string) (string, error) {
+	v, ok := o.values[key]
+	if !ok {
+		return absent, nil
+	}
+	if !slices.Contains(choices, v) {
+		return "", o.errorf("%s=%s: %s are possible", key, v, strings.Join(choices, ", "))
+	}
+	return v, nil
+}
+
+// parseSize reads a size as QEMU does: a number with a suffix B, K, M, G or T;
+// without one it counts units.
+func parseSize(text string, unit uint64) (uint64, error) {
+	digits := strings.TrimRight(text, "bBkKmMgGtTi")
+	switch strings.ToUpper(text[len(digits):]) {
+	case "":
+	case "B":
+		unit = 1
+	case "K", "KB", "KIB":
+		unit = 1 << 10
+	case "M", "MB", "MIB":
+		unit = 1 << 20
+	case "G", "GB", "GIB":
+		unit = 1 << 30
+	case "T", "TB", "TIB":
+		unit = 1 << 40
+	default:
+		return 0, fmt.Errorf("size %q: write it as 512M or 2G", text)
+	}
+	n, err := strconv.ParseUint(digits, 10, 64)
+	if err != nil || n > 1<<62/unit {
+		return 0, fmt.Errorf("size %q: write it as 512M or 2G", text)
+	}
+	return n * unit, nil
+}
