@@ -281,6 +281,3 @@ func (m *Machine) release() {
 		m.mem.Close()
 	}
 }
-
-// Memory is the guest's RAM.
-func (m *Machine) Memory() *guestmem.Memory { return m.mem }
