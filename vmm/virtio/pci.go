@@ -292,11 +292,12 @@ func (p *PCI) fail(err error) {
 	if p.broken.Swap(true) {
 		return
 	}
-	if old := p.status.Or(StatusNeedsReset); old&StatusDriverOK != 0 {
-		p.configChanged()
-	}
+	old := p.status.Or(StatusNeedsReset)
 	if p.env.OnBroken != nil {
 		p.env.OnBroken(p.name, fmt.Errorf("%w: %s: %w", ErrTransport, p.name, err))
+	}
+	if old&StatusDriverOK != 0 {
+		p.configChanged()
 	}
 }
 
