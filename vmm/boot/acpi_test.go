@@ -171,12 +171,66 @@ func TestMADTHasEveryProcessor(t *testing.T) {
 			}
 		case 2:
 			overrides++
+			// ISA bus; PIT at GSI 2 as the bus says; SCI active high, level.
+			pit, sci := []byte{2, 10, 0, 0, 2, 0, 0, 0, 0, 0}, []byte{2, 10, 0, 9, 9, 0, 0, 0, 0x0D, 0}
+			if !bytes.Equal(b[:10], pit) && !bytes.Equal(b[:10], sci) {
+				t.Errorf("override % x", b[:10])
+			}
 		case 4:
 			nmis++
 		}
 	}
 	if apics != 3 || overrides != 2 || ioapics != 1 || nmis != 1 {
 		t.Errorf("%d local APICs, %d overrides, %d IOAPICs, %d NMIs", apics, overrides, ioapics, nmis)
+	}
+}
+
+// TestFADTMeetsTheDevices compares the registers that the guest is told of with
+// where package device has them, at the offsets of section 5.2.9.
+func TestFADTMeetsTheDevices(t *testing.T) {
+	le := binary.LittleEndian
+	table := fadt(0x1000, 0x2000)
+	for _, x := range []struct {
+		name                   string
+		legacy, length, gas    int
+		port, bytes, accessors uint64
+	}{
+		{"PM1a event", 56, 88, 148, device.PortPM1Event, 4, 2},
+		{"PM1a control", 64, 89, 172, device.PortPM1Control, 2, 2},
+		{"PM timer", 76, 91, 208, device.PortPMTimer, 4, 3},
+		{"GPE0", 80, 92, 220, device.PortGPE0, 4, 1},
+	} {
+		g := table[x.gas:]
+		if uint64(le.Uint32(table[x.legacy:])) != x.port || uint64(table[x.length]) != x.bytes {
+			t.Errorf("%s: %d bytes at %#x", x.name, table[x.length], le.Uint32(table[x.legacy:]))
+		}
+		if g[0] != 1 || uint64(g[1]) != 8*x.bytes || g[2] != 0 || uint64(g[3]) != x.accessors || le.Uint64(g[4:]) != x.port {
+			t.Errorf("%s: generic address % x", x.name, g[:12])
+		}
+	}
+	if g := table[116:]; g[0] != 1 || g[1] != 8 || le.Uint64(g[4:]) != device.PortReset || table[128] != device.ResetValue {
+		t.Errorf("reset register % x, value %#x", g[:12], table[128])
+	}
+	if got := le.Uint16(table[46:]); got != device.GSISCI {
+		t.Errorf("SCI is %d", got)
+	}
+	if got := le.Uint32(table[48:]); got != 0 {
+		t.Errorf("SMI command port %#x: there is none", got)
+	}
+	const hardwareReduced, powerButtonIsDevice, timer32 = 1 << 20, 1 << 4, 1 << 8
+	if flags := le.Uint32(table[112:]); flags&(hardwareReduced|powerButtonIsDevice|timer32) != 0 || flags&(1<<10) == 0 {
+		t.Errorf("flags %#x", flags)
+	}
+}
+
+// TestDSDTRoutesEachSlot looks for the _PRT's entries as they are encoded.
+func TestDSDTRoutesEachSlot(t *testing.T) {
+	table := dsdt()
+	for slot := byte(1); slot < 32; slot++ {
+		entry := []byte{0x12, 0x0B, 4, 0x0C, 0xFF, 0xFF, slot, 0, 0, 0, 0x0A, 16 + slot%8}
+		if !bytes.Contains(table, entry) {
+			t.Errorf("slot %d: no % x", slot, entry)
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -114,6 +115,20 @@ func TestLoadEachImageKind(t *testing.T) {
 				t.Errorf("load from a closed kernel: %v", err)
 			}
 		})
+	}
+}
+
+func TestSegmentsInAnyOrder(t *testing.T) {
+	elf := linuxLike()
+	slices.Reverse(elf.segments)
+	mem := oldMemory(t, guestmem.Range{Size: 32 * mib})
+	e, err := Load(mem, loadKernel(t, elf.build()), Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkSegments(t, mem, elf)
+	if e.Kernel.GPA != testKernelGPA || e.Kernel.Size != 0x20_0000+5000+testBSS {
+		t.Errorf("kernel at %+v", e.Kernel)
 	}
 }
 

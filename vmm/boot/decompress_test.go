@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand"
 	"os"
+	"strings"
 	"testing"
 	"testing/iotest"
 
@@ -68,6 +69,32 @@ func TestXZFromXZ(t *testing.T) {
 	}
 	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, encodeX86(want)) {
 		t.Errorf("encodeX86 is not what xz does (%v)", err)
+	}
+}
+
+func TestXZChecks(t *testing.T) {
+	want := codeLike(5000, 11)
+	for _, check := range []byte{xzCheckNone, xzCheckCRC32, xzCheckCRC64, xzCheckSHA256} {
+		packed := packXZ(t, want, check)
+		if got, err := expand(xzed, packed, len(want)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("check %d: equal: %v, %v", check, bytes.Equal(got, want), err)
+		}
+		if check == xzCheckNone {
+			continue
+		}
+		packed[len(packed)-2] ^= 1 // the check's last byte
+		if _, err := expand(xzed, packed, len(want)); !errors.Is(err, errXZ) || !strings.Contains(err.Error(), "checksum") {
+			t.Errorf("check %d, wrong: %v", check, err)
+		}
+	}
+	if _, err := expand(xzed, packXZ(t, want, 2), len(want)); !errors.Is(err, errXZ) {
+		t.Errorf("unknown check: %v", err)
+	}
+	// Two blocks, the second with a filter offset that starts anew.
+	one, two := packXZ(t, want, xzCheckCRC32), packXZ(t, want, xzCheckCRC32)
+	both := append(one[:len(one)-1], two[xzStreamHeaderSize:]...)
+	if got, err := expand(xzed, both, 2*len(want)); err != nil || !bytes.Equal(got, append(want, want...)) {
+		t.Errorf("two blocks: %d bytes, %v", len(got), err)
 	}
 }
 

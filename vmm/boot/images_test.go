@@ -3,8 +3,10 @@ package boot
 import (
 	"bytes"
 	"compress/gzip"
+	"crypto/sha256"
 	"encoding/binary"
 	"hash/crc32"
+	"hash/crc64"
 	"slices"
 	"testing"
 
@@ -185,34 +187,28 @@ func pack(t testing.TB, c compression, data []byte) []byte {
 			b.Write(block[:n])
 		}
 	case xzed:
-		b.Write(packXZ(t, data, true))
+		b.Write(packXZ(t, data, xzCheckCRC32))
 	}
 	return binary.LittleEndian.AppendUint32(b.Bytes(), uint32(len(data)))
 }
 
-// packXZ makes a .xz stream of one block, without the parts that xzReader does
-// not look at: index and footer.
-func packXZ(t testing.TB, data []byte, x86 bool) []byte {
+// packXZ makes a .xz stream of one block with the x86 filter and the given
+// check, without the parts that xzReader does not look at: index and footer.
+func packXZ(t testing.TB, data []byte, check byte) []byte {
 	t.Helper()
 	le := binary.LittleEndian
 	withCRC := func(p []byte) []byte { return le.AppendUint32(p, crc32.ChecksumIEEE(p)) }
-	flags := []byte{0, xzCheckCRC32}
+	flags := []byte{0, check}
 	b := append([]byte(compressions[xzed].magic), flags...)
 	b = le.AppendUint32(b, crc32.ChecksumIEEE(flags))
-
-	header := []byte{2, 0, xzFilterLZMA2, 1, 16, 0, 0, 0} // 12 bytes in all; a dictionary of 1 MiB
-	plain := data
-	if x86 {
-		header = []byte{2, 1, xzFilterX86, 0, xzFilterLZMA2, 1, 16, 0}
-		plain = encodeX86(data)
-	}
-	b = append(b, withCRC(header)...)
+	// 12 bytes in all, two filters; a dictionary of 1 MiB.
+	b = append(b, withCRC([]byte{2, 1, xzFilterX86, 0, xzFilterLZMA2, 1, 16, 0})...)
 	var packed bytes.Buffer
 	w, err := lzma.Writer2Config{DictCap: 1 << 20}.NewWriter2(&packed)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.Write(plain); err != nil {
+	if _, err := w.Write(encodeX86(data)); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.Close(); err != nil {
@@ -220,7 +216,15 @@ func packXZ(t testing.TB, data []byte, x86 bool) []byte {
 	}
 	b = append(b, packed.Bytes()...)
 	b = append(b, make([]byte, -packed.Len()&3)...)
-	b = le.AppendUint32(b, crc32.ChecksumIEEE(data))
+	switch check {
+	case xzCheckCRC32:
+		b = le.AppendUint32(b, crc32.ChecksumIEEE(data))
+	case xzCheckCRC64:
+		b = le.AppendUint64(b, crc64.Checksum(data, crc64.MakeTable(crc64.ECMA)))
+	case xzCheckSHA256:
+		sum := sha256.Sum256(data)
+		b = append(b, sum[:]...)
+	}
 	return append(b, xzIndexIndicator)
 }
 

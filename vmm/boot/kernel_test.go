@@ -53,6 +53,9 @@ func TestWhatIsNoKernel(t *testing.T) {
 	const firstPhdr = elfHeaderSize
 	overlapping := linuxLike()
 	overlapping.segments[1].gpa = testKernelGPA + 100
+	// The second segment becomes notes, and the notes begin within them.
+	notesAt := le.Uint64(plain[elfHeaderSize+programHdrSize+8:]) + 4
+	overlappingNotes := edit(edit(plain, elfHeaderSize+programHdrSize, 4), elfHeaderSize+2*programHdrSize+8, byte(notesAt), byte(notesAt>>8))
 	badNote, wideNote, hugeNote := probeLike(), probeLike(), probeLike()
 	badNote.notes[0].desc = []byte{1, 2}
 	wideNote.notes[0].desc = []byte{0, 0, 0, 0, 1, 0, 0, 0}
@@ -97,6 +100,7 @@ func TestWhatIsNoKernel(t *testing.T) {
 		{"more in the file than in memory", edit(plain, firstPhdr+40, 1, 0), ErrNotKernel, "segment 0"},
 		{"segment past all addresses", edit(plain, firstPhdr+24, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF), ErrNotKernel, "segment 0"},
 		{"overlapping segments", overlapping.build(), ErrNotKernel, "overlap"},
+		{"overlapping notes", overlappingNotes, ErrNotKernel, "notes"},
 		{"PVH note too short", badNote.build(), ErrNotKernel, "PVH"},
 		{"PVH entry above 4 GiB", wideNote.build(), ErrNotKernel, "PVH"},
 		{"too many notes", hugeNote.build(), ErrNotKernel, "notes"},

@@ -54,7 +54,8 @@ func newXZReader(packed io.Reader, length int64, size uint64) *xzReader {
 	}
 }
 
-// countingReader counts what was read, for paddings.
+// countingReader counts what was read. Everything in the format but a block's
+// data has a multiple of four bytes, so the count tells the data's padding.
 type countingReader struct {
 	r *bufio.Reader
 	n int64
@@ -144,7 +145,6 @@ func (x *xzReader) nextBlock() error {
 		return err
 	}
 
-	x.packed.n = 0
 	config := lzma.Reader2Config{DictCap: int(max(xzSmallestDict, min(dict, x.maxDict)))}
 	if x.block, err = config.NewReader2(x.packed); err != nil {
 		return fmt.Errorf("%w: %w", errXZ, err)
