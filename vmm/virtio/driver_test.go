@@ -26,8 +26,9 @@ type driver struct {
 
 	desc, drv, dev []byte
 
-	// tables is the GPA of one indirect table for each id.
-	tables uint64
+	// tables is the GPA of one indirect table for each id, of tableLen entries.
+	tables   uint64
+	tableLen uint64
 
 	freeDesc []uint16         // split: free descriptors; packed: free buffer ids
 	chains   map[uint16]chain // in flight
@@ -50,10 +51,18 @@ const (
 	testTableLen = 64 // entries of an indirect table
 )
 
-// newDriver lays a queue out from base on and returns the GPA after it.
+// newDriver lays a queue out from base on and returns the next free page.
 func newDriver(mem *guestmem.Memory, base uint64, size uint16, features uint64) (*driver, uint64) {
+	d, end := newDriverTables(mem, base, size, testTableLen, features)
+	return d, (end + 4095) &^ 4095
+}
+
+// newDriverTables does so with indirect tables of tableLen entries, and
+// returns the GPA behind the last.
+func newDriverTables(mem *guestmem.Memory, base uint64, size uint16, tableLen, features uint64) (*driver, uint64) {
 	d := &driver{
-		mem: mem, packed: features&FeatureRingPacked != 0, eventIdx: features&FeatureEventIdx != 0,
+		tableLen: tableLen,
+		mem:      mem, packed: features&FeatureRingPacked != 0, eventIdx: features&FeatureEventIdx != 0,
 		chains: map[uint16]chain{}, wrap: true, usedWrap: true, room: int(size),
 	}
 	d.state = QueueState{Size: size, Enabled: true, Vector: NoVector, AvailWrap: true, UsedWrap: true}
@@ -69,7 +78,7 @@ func newDriver(mem *guestmem.Memory, base uint64, size uint16, features uint64) 
 		d.state.Driver += 2 // multiples of 2 are allowed
 	}
 	d.state.Device = take(6+8*uint64(size), 4)
-	d.tables = take(uint64(size)*testTableLen*16, 16)
+	d.tables = take(uint64(size)*tableLen*16, 16)
 	for i := range size {
 		d.freeDesc = append(d.freeDesc, i)
 	}
@@ -77,7 +86,7 @@ func newDriver(mem *guestmem.Memory, base uint64, size uint16, features uint64) 
 	d.desc = must(mem.Slice(d.state.Desc, 16*uint64(size)))
 	d.drv = must(mem.Slice(d.state.Driver, 6+2*uint64(size)))
 	d.dev = must(mem.Slice(d.state.Device, 6+8*uint64(size)))
-	return d, (at + 4095) &^ 4095
+	return d, at
 }
 
 func must[T any](v T, err error) T {
@@ -121,8 +130,8 @@ func (d *driver) add(segs []segment, indirect bool, tag int) bool {
 		return f
 	}
 	if indirect {
-		gpa := d.tables + uint64(ids[0])*testTableLen*16
-		table := must(d.mem.Slice(gpa, testTableLen*16))
+		gpa := d.tables + uint64(ids[0])*d.tableLen*16
+		table := must(d.mem.Slice(gpa, d.tableLen*16))
 		for i, s := range segs {
 			putDesc(table[16*i:], s.gpa, s.n, flag(i), uint16(i+1))
 		}
@@ -165,8 +174,8 @@ func (d *driver) addPacked(segs []segment, indirect bool, tag int) bool {
 		return descUsed
 	}
 	if indirect {
-		gpa := d.tables + uint64(id)*testTableLen*16
-		table := must(d.mem.Slice(gpa, testTableLen*16))
+		gpa := d.tables + uint64(id)*d.tableLen*16
+		table := must(d.mem.Slice(gpa, d.tableLen*16))
 		for i, s := range segs {
 			f := uint16(0)
 			if s.write {

@@ -11,7 +11,8 @@ import (
 // guest's memory from fuzzRing on, as the driver model lays it out there.
 const (
 	fuzzRing = 0x1000
-	fuzzLen  = 0x8000
+	fuzzLen  = 0x500
+	fuzzData = fuzzRing + 0x400 // where the seeds' requests are
 	fuzzRAM  = 1 << 20
 )
 
@@ -25,8 +26,8 @@ var fuzzFeatures = []uint64{
 // fuzzLayout is where the rings are for the first two bytes of an input.
 func fuzzLayout(mem *guestmem.Memory, kind, size byte) (*driver, uint64, uint64) {
 	features := fuzzFeatures[int(kind)%len(fuzzFeatures)]
-	d, heap := newDriver(mem, fuzzRing, 1<<(size%4+1), features)
-	return d, heap, features
+	d, end := newDriverTables(mem, fuzzRing, 1<<(size%3+1), 4, features)
+	return d, end, features
 }
 
 // addSeeds records what the driver model writes while it sends requests.
@@ -37,10 +38,13 @@ func addSeeds(f *testing.F, fill func(mem *guestmem.Memory, heap uint64) []segme
 				continue
 			}
 			mem := testMemory(f, guestmem.Range{GPA: 0, Size: fuzzRAM})
-			d, heap, _ := fuzzLayout(mem, byte(kind), 3)
-			for i := 0; d.add(fill(mem, heap+uint64(i)*0x800), indirect, i) && i < 3; i++ {
+			d, end, _ := fuzzLayout(mem, byte(kind), 2)
+			if end > fuzzData {
+				f.Fatalf("rings end at %#x", end)
 			}
-			image := append([]byte{byte(kind), 3}, must(mem.Slice(fuzzRing, fuzzLen))...)
+			for i := 0; d.add(fill(mem, fuzzData+uint64(i)*0x800), indirect, i) && i < 3; i++ {
+			}
+			image := append([]byte{byte(kind), 2}, must(mem.Slice(fuzzRing, fuzzLen))...)
 			f.Add(image)
 		}
 	}
@@ -115,9 +119,8 @@ func FuzzQueue(f *testing.F) {
 func FuzzBlk(f *testing.F) {
 	kinds := []uint32{blkIn, blkOut, blkFlush, blkGetID, blkDiscard, blkWriteZeroes, 99}
 	for _, kind := range kinds {
-		addSeeds(f, func(mem *guestmem.Memory, heap uint64) []segment {
-			at := uint64(fuzzRing + fuzzLen/2) // within the image
-			_ = heap
+		addSeeds(f, func(mem *guestmem.Memory, _ uint64) []segment {
+			at := uint64(fuzzData)
 			header := le.AppendUint64(le.AppendUint32(le.AppendUint32(nil, kind), 0), 8)
 			data := le.AppendUint32(le.AppendUint32(le.AppendUint64(nil, 16), 8), 0)
 			_ = mem.Write(at, append(header, data...))
