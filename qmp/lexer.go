@@ -184,7 +184,7 @@ func (l *lexer) feed(data []byte) (n int, value any, err *Error, done bool) {
 				return n, value, err, true
 			}
 
-		case next == lexStart || next == lexRecovery:
+		case next == lexStart || next == lexSpace || next == lexRecovery:
 			l.text = l.text[:l.tokenStart]
 			l.state = next
 

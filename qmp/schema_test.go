@@ -216,10 +216,8 @@ func (g *generator) value(name string, depth int) any {
 		}
 		return out
 	case "alternate":
-		m := e.Members[0]
-		if depth > 3 {
-			m = e.Members[len(e.Members)-1]
-		} else {
+		m := e.Members[len(e.Members)-1] // ends the recursion
+		if depth <= 3 {
 			m = rapid.SampledFrom(e.Members).Draw(g.t, "choice")
 		}
 		return g.value(m["type"].(string), depth+1)
