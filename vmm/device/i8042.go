@@ -42,8 +42,7 @@ const (
 // I8042 is a keyboard controller with neither keyboard nor mouse: what is left
 // is the reset line (command 0xFE) that kernels pull, and an answer to
 // everything a probe waits for, so that it ends without timeouts. It never
-// interrupts. The FADT says that there is no 8042, and Linux then does not
-// even look.
+// interrupts. Where the FADT's 8042 flag is clear, Linux does not even look.
 type I8042 struct {
 	platform Platform
 	mu       sync.Mutex
