@@ -12,6 +12,7 @@ import (
 	"github.com/gnomon-vmm/gnomon/vmm/boot"
 	"github.com/gnomon-vmm/gnomon/vmm/chardev"
 	"github.com/gnomon-vmm/gnomon/vmm/virtio"
+	"github.com/gnomon-vmm/gnomon/vmm/vsockhost"
 )
 
 // Limits of a machine.
@@ -84,8 +85,8 @@ type Net struct {
 
 // Vsock is a virtio socket device.
 type Vsock struct {
-	CID  uint32 // the guest's context id, at least 3
-	Path string // host side: unix socket Path, and Path_PORT for what the guest dials
+	CID  uint32          // the guest's context id, at least 3
+	Host *vsockhost.Host // the host's side, as unix sockets
 }
 
 // UUID identifies a machine.
@@ -163,6 +164,8 @@ func (c *Config) validate() error {
 		return fmt.Errorf("%w: %d bytes of memory: must be whole MiB", ErrConfig, c.Memory)
 	case c.Kernel == nil:
 		return fmt.Errorf("%w: no kernel: name a bzImage or an ELF vmlinux", ErrConfig)
+	case c.Vsock != nil && c.Vsock.Host == nil:
+		return fmt.Errorf("%w: the vsock device has no host side", ErrConfig)
 	case c.Vsock != nil && (c.Vsock.CID < 3 || c.Vsock.CID == 0xFFFF_FFFF):
 		return fmt.Errorf("%w: vsock CID %d: 3 to 4294967294 are possible", ErrConfig, c.Vsock.CID)
 	}

@@ -23,6 +23,8 @@ type devices struct {
 	disks   []AttachedDisk
 	nets    []AttachedNet
 	balloon *virtio.Balloon // nil: none
+	console *virtio.Console // nil: none
+	vsock   *virtio.Vsock   // nil: none
 }
 
 // AttachedDisk is a disk and the virtio device that shows it to the guest.
@@ -76,10 +78,17 @@ func (m *Machine) buildDevices() error {
 	return m.buildVirtio()
 }
 
-// connect lets the host's ends of the character devices deliver input.
+// connect lets the host's ends of the serial port, console and vsock deliver
+// what comes in.
 func (m *Machine) connect() {
 	if m.cfg.Serial != nil {
 		m.cfg.Serial.Connect(chardev.Frontend{Input: m.serial.Feed, Break: m.serial.Break})
+	}
+	if m.console != nil {
+		m.cfg.Console.Connect(chardev.Frontend{Input: m.console.Input})
+	}
+	if m.vsock != nil {
+		m.cfg.Vsock.Host.Serve(m.vsock)
 	}
 }
 
@@ -109,6 +118,24 @@ func (m *Machine) buildVirtio() error {
 			return err
 		}
 		m.nets = append(m.nets, AttachedNet{n, nic})
+	}
+	if m.cfg.Vsock != nil {
+		var err error
+		if m.vsock, err = virtio.NewVsock(m.cfg.Vsock.CID, m.cfg.Vsock.Host); err != nil {
+			return err
+		}
+		if err := m.attach(m.vsock, "vsock0"); err != nil {
+			return err
+		}
+	}
+	if m.cfg.Console != nil {
+		var err error
+		if m.console, err = virtio.NewConsole(virtio.ConsoleConfig{Output: m.cfg.Console}); err != nil {
+			return err
+		}
+		if err := m.attach(m.console, "console0"); err != nil {
+			return err
+		}
 	}
 	if !m.cfg.NoRNG {
 		if err := m.attach(virtio.NewRNG(0), "rng0"); err != nil {
@@ -165,6 +192,9 @@ func (m *Machine) resetDevices() error {
 
 // closeDevices ends the devices' work. Preconditions: the vCPUs have ended.
 func (m *Machine) closeDevices() {
+	if m.console != nil {
+		m.console.Close()
+	}
 	for _, p := range m.virtio {
 		p.Close()
 	}
@@ -187,6 +217,9 @@ func (m *Machine) closeHost() error {
 	}
 	for _, n := range m.cfg.Nets {
 		errs = append(errs, n.Backend.Close())
+	}
+	if m.cfg.Vsock != nil {
+		errs = append(errs, m.cfg.Vsock.Host.Close())
 	}
 	if m.cfg.Serial != nil {
 		errs = append(errs, m.cfg.Serial.Close())

@@ -18,6 +18,7 @@ import (
 	"github.com/gnomon-vmm/gnomon/vmm"
 	"github.com/gnomon-vmm/gnomon/vmm/boot"
 	"github.com/gnomon-vmm/gnomon/vmm/chardev"
+	"github.com/gnomon-vmm/gnomon/vmm/vsockhost"
 )
 
 // recorder is a serial port's host end that keeps what the guest prints.
@@ -343,7 +344,7 @@ func TestNewRefuses(t *testing.T) {
 		{"too many vCPUs", func(c *vmm.Config) { c.CPUs = 65 }, vmm.ErrConfig},
 		{"memory of no whole MiB", func(c *vmm.Config) { c.Memory = 1<<20 + 1 }, vmm.ErrConfig},
 		{"too little memory", func(c *vmm.Config) { c.Memory = 1 << 20; c.Initrd = strings.NewReader(""); c.InitrdSize = 2 << 20 }, boot.ErrNoMemory},
-		{"host CID", func(c *vmm.Config) { c.Vsock = &vmm.Vsock{CID: 2, Path: "x"} }, vmm.ErrConfig},
+		{"host CID", func(c *vmm.Config) { c.Vsock = &vmm.Vsock{CID: 2, Host: new(vsockhost.Host)} }, vmm.ErrConfig},
 		{"no KVM", func(c *vmm.Config) { c.KVM = "/nonexistent/kvm" }, os.ErrNotExist},
 	} {
 		kernel, err := boot.OpenKernel(elf)

@@ -16,6 +16,7 @@ import (
 	"github.com/gnomon-vmm/gnomon/vmm/chardev"
 	"github.com/gnomon-vmm/gnomon/vmm/monitor"
 	"github.com/gnomon-vmm/gnomon/vmm/netdev"
+	"github.com/gnomon-vmm/gnomon/vmm/vsockhost"
 )
 
 // runFlags are the flags of gnomon run as the user wrote them.
@@ -211,9 +212,10 @@ func (f *runFlags) machine(undo *opened, quit func()) (*vmm.Config, error) {
 		}
 	}
 	if f.vsock != "" {
-		if cfg.Vsock, err = parseVsock(f.vsock); err != nil {
+		if cfg.Vsock, err = openVsock(f.vsock); err != nil {
 			return nil, err
 		}
+		undo.add(cfg.Vsock.Host.Close)
 	}
 	if cfg.Serial, err = chardev.Open(f.serial, chardev.Options{Label: "serial0", Exit: quit}); err != nil {
 		return nil, fmt.Errorf("--serial: %w", err)
@@ -273,7 +275,7 @@ func openNet(cfg *vmm.Config, text string, undo *opened) error {
 	return nil
 }
 
-func parseVsock(text string) (*vmm.Vsock, error) {
+func openVsock(text string) (*vmm.Vsock, error) {
 	o, err := parseOptions("vsock", text, "cid", "path")
 	if err != nil {
 		return nil, err
@@ -289,5 +291,9 @@ func parseVsock(text string) (*vmm.Vsock, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &vmm.Vsock{CID: uint32(cid), Path: path}, nil
+	host, err := vsockhost.Listen(path)
+	if err != nil {
+		return nil, fmt.Errorf("--vsock %s: %w", text, err)
+	}
+	return &vmm.Vsock{CID: uint32(cid), Host: host}, nil
 }

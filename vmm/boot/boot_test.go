@@ -21,8 +21,9 @@ const mib = 1 << 20
 func oldMemory(t testing.TB, ranges ...guestmem.Range) *guestmem.Memory {
 	mem := newMemory(t, ranges...)
 	for _, r := range mem.Regions() {
-		for i := range r.Bytes() {
-			r.Bytes()[i] = 0xA5
+		page := bytes.Repeat([]byte{0xA5}, pageSize)
+		for b := r.Bytes(); len(b) > 0; b = b[pageSize:] {
+			copy(b, page)
 		}
 	}
 	return mem

@@ -29,13 +29,13 @@ func expand(c compression, packed []byte, size int) ([]byte, error) {
 
 func TestDecompressGivesBackWhatWasPacked(t *testing.T) {
 	for _, c := range supported {
-		sizes := []int{1, 4, 5, 100, 70_000, 300_000}
+		sizes := []int{1, 4, 5, 100, 70_000}
 		if c == lz4ed {
 			sizes = append(sizes, lz4LegacyBlock, lz4LegacyBlock+1)
 		}
 		for _, n := range sizes {
 			t.Run(fmt.Sprintf("%s %d", c, n), func(t *testing.T) {
-				want := codeLike(n, uint32(n))
+				want := bytes.Repeat(codeLike(min(n, 100_000), uint32(n)), n/100_000+1)[:n]
 				packed := pack(t, c, want)
 				if c != gzipped {
 					packed = packed[:len(packed)-sizeTrailer]
@@ -130,7 +130,7 @@ func TestDamage(t *testing.T) {
 		if c != gzipped {
 			packed = packed[:len(packed)-sizeTrailer]
 		}
-		for range 300 {
+		for range 150 {
 			bad := bytes.Clone(packed)
 			at := random.Intn(len(bad))
 			bad[at] ^= byte(1 << random.Intn(8))
