@@ -375,6 +375,12 @@ func appendAny(b []byte, v any) []byte {
 		return append(b, '}')
 	default:
 		rv := reflect.ValueOf(v)
+		if rv.Kind() == reflect.Pointer {
+			if rv.IsNil() {
+				return append(b, "null"...)
+			}
+			rv = rv.Elem()
+		}
 		return appendTyped(b, compileType(rv.Type()), rv)
 	}
 }

@@ -166,6 +166,9 @@ func TestLimits(t *testing.T) {
 			feed(test.begin)
 			for range 200 {
 				feed(test.piece)
+				if len(got) > 10 {
+					break // what is left of the message is garbage, with an error each
+				}
 			}
 			if test.want == "" && len(got) > 0 || test.want != "" && (len(got) == 0 || got[0] != test.want) {
 				t.Errorf("errors: %.100q", got)

@@ -27,7 +27,7 @@ func registerJobs(r *Registry) {
 		return s.srv.jobs.Query(), nil
 	})
 	for name, verb := range map[string]func(*Job) error{
-		"job-pause":    (*Job).RequestPause,
+		"job-pause":    (*Job).Pause,
 		"job-resume":   (*Job).Resume,
 		"job-cancel":   func(j *Job) error { return j.Cancel(true) },
 		"job-complete": (*Job).Complete,

@@ -94,8 +94,9 @@ type Jobs struct {
 	notify func(id string, status JobStatus) // called with mu held, so that events are in order
 	wg     sync.WaitGroup
 
-	mu   sync.Mutex
-	jobs []*Job // guarded by mu; newest first
+	mu     sync.Mutex
+	jobs   []*Job // guarded by mu; newest first
+	closed bool   // guarded by mu; no more are to be started
 }
 
 // Job is one operation. Its methods may be called by anyone.
@@ -106,6 +107,7 @@ type Job struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	concl    chan struct{} // closed when concluded
+	told     chan struct{} // closed when told to complete or soft-cancelled
 
 	// All guarded by owner.mu.
 	status         JobStatus
@@ -123,8 +125,18 @@ func newJobs(ctx context.Context, notify func(string, JobStatus)) *Jobs {
 	return &Jobs{ctx: ctx, notify: notify}
 }
 
-// wait returns when no job is running.
-func (js *Jobs) wait() { js.wg.Wait() }
+// close cancels every job, those that are waiting to be finalized included, and returns when none is running.
+func (js *Jobs) close() {
+	js.mu.Lock()
+	js.closed = true
+	all := slices.Clone(js.jobs)
+	js.mu.Unlock()
+	for _, j := range all {
+		// Refused by those that are over, or will be soon.
+		_ = j.Cancel(true)
+	}
+	js.wg.Wait()
+}
 
 // ErrCanceled is the error of a job that was cancelled.
 var ErrCanceled error = canceledError{}
@@ -135,8 +147,8 @@ type canceledError struct{}
 func (canceledError) Error() string { return "Operation canceled" }
 
 // Start runs fn as a job of the given type. Its context ends when the job is cancelled or the server closes; fn should call
-// Pause wherever it can stop for a while. A nil result means that the work is done. The error of Start is one to answer
-// a client with: a bad id, one that is taken, or too many jobs.
+// PausePoint wherever it can stop for a while. A nil result means that the work is done. The error of Start is one to answer
+// a client with: a bad id, one that is taken, or too many jobs; or it is ErrClosed.
 func (js *Jobs) Start(id, kind string, opts JobOptions, fn func(context.Context, *Job) error) (*Job, error) {
 	js.mu.Lock()
 	defer js.mu.Unlock()
@@ -147,12 +159,14 @@ func (js *Jobs) Start(id, kind string, opts JobOptions, fn func(context.Context,
 		return nil, Errorf("Invalid job ID '%s'", id)
 	case js.findLocked(id) != nil:
 		return nil, Errorf("Job ID '%s' already in use", id)
+	case js.closed:
+		return nil, ErrClosed
 	case len(js.jobs) >= maxJobs:
 		return nil, Errorf("Too many jobs")
 	}
 	j := &Job{
 		id: id, kind: kind, opts: opts, owner: js, status: JobUndefined,
-		concl: make(chan struct{}), changed: make(chan struct{}),
+		concl: make(chan struct{}), told: make(chan struct{}), changed: make(chan struct{}),
 	}
 	j.ctx, j.cancel = context.WithCancel(js.ctx)
 	js.jobs = slices.Insert(js.jobs, 0, j)
@@ -161,7 +175,7 @@ func (js *Jobs) Start(id, kind string, opts JobOptions, fn func(context.Context,
 	js.wg.Add(1)
 	go func() {
 		defer js.wg.Done()
-		err := j.Pause()
+		err := j.PausePoint()
 		if err == nil {
 			err = fn(j.ctx, j)
 		}
@@ -271,9 +285,9 @@ func (j *Job) changedLocked() {
 	j.changed = make(chan struct{})
 }
 
-// Pause is where a job stops while it is paused: it returns when the job goes on, with an error if that is to be cancelled.
+// PausePoint is where a job stops while it is paused: it returns when the job is to go on, or ErrCanceled when it is to end.
 // Called by the job's function.
-func (j *Job) Pause() error {
+func (j *Job) PausePoint() error {
 	j.owner.mu.Lock()
 	defer j.owner.mu.Unlock()
 	return j.pauseLocked()
@@ -323,13 +337,9 @@ func (j *Job) Ready() error {
 	return nil
 }
 
-// Completing returns whether a job that is ready has been told to complete (by job-complete) or to stop without undoing
-// anything (a soft cancel). Called by the job's function while it goes on working.
-func (j *Job) Completing() (complete, stop bool) {
-	j.owner.mu.Lock()
-	defer j.owner.mu.Unlock()
-	return j.completing, j.softCancelled
-}
+// CompletionRequested returns a channel that is closed when the job is told to complete, or soft-cancelled: WaitComplete then
+// returns at once. It is for jobs that go on working while they are ready.
+func (j *Job) CompletionRequested() <-chan struct{} { return j.told }
 
 // WaitComplete waits until a job that is ready is told to complete. complete is false if it was soft-cancelled: the job is
 // to end well, but without doing what completion stands for. Called by the job's function.
@@ -429,8 +439,8 @@ func (j *Job) verbLocked(v jobVerb) error {
 	return nil
 }
 
-// RequestPause makes the job stop at its next call of Pause.
-func (j *Job) RequestPause() error {
+// Pause makes the job stop at its next PausePoint.
+func (j *Job) Pause() error {
 	j.owner.mu.Lock()
 	defer j.owner.mu.Unlock()
 	if err := j.verbLocked(verbPause); err != nil {
@@ -444,7 +454,7 @@ func (j *Job) RequestPause() error {
 	return nil
 }
 
-// Resume lets a job go on that RequestPause stopped.
+// Resume lets a job go on that Pause stopped.
 func (j *Job) Resume() error {
 	j.owner.mu.Lock()
 	defer j.owner.mu.Unlock()
@@ -459,6 +469,15 @@ func (j *Job) Resume() error {
 	return nil
 }
 
+// tellLocked sets one of the two ways that a ready job may be told to end.
+func (j *Job) tellLocked(how *bool) {
+	if !j.completing && !j.softCancelled {
+		close(j.told)
+	}
+	*how = true
+	j.changedLocked()
+}
+
 // Cancel ends the job. With force, or if it is not ready or not made for anything else, what it did is undone; without, it
 // ends as it is. A paused job goes on in order to end.
 func (j *Job) Cancel(force bool) error {
@@ -470,8 +489,7 @@ func (j *Job) Cancel(force bool) error {
 	ready := j.status == JobReady || j.status == JobStandby
 	j.userPaused = false
 	if !force && ready && j.opts.SoftCancel {
-		j.softCancelled = true
-		j.changedLocked()
+		j.tellLocked(&j.softCancelled)
 		return nil
 	}
 	j.cancelled = true
@@ -493,8 +511,7 @@ func (j *Job) Complete() error {
 	if j.cancelled || j.softCancelled {
 		return Errorf("The active block job '%s' cannot be completed", j.id)
 	}
-	j.completing = true
-	j.changedLocked()
+	j.tellLocked(&j.completing)
 	return nil
 }
 

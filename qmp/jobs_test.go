@@ -44,7 +44,7 @@ func work(ctx context.Context, j *qmp.Job) error {
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for {
-		if err := j.Pause(); err != nil {
+		if err := j.PausePoint(); err != nil {
 			return err
 		}
 		select {
@@ -252,9 +252,15 @@ func TestSoftCancel(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-ready
+	select {
+	case <-j.CompletionRequested():
+		t.Error("told to complete by nobody")
+	default:
+	}
 	if err := j.Cancel(false); err != nil {
 		t.Fatal(err)
 	}
+	<-j.CompletionRequested()
 	<-j.Done()
 	if <-completed || j.Err() != nil {
 		t.Errorf("ended with %v", j.Err())
@@ -291,11 +297,11 @@ func TestJobStates(t *testing.T) {
 			case "work":
 				return work(ctx, j)
 			case "fail":
-				return errors.Join(j.Pause(), errors.New("failed"))
+				return errors.Join(j.PausePoint(), errors.New("failed"))
 			default:
 				for range 10 {
 					j.AddProgress(1)
-					if err := j.Pause(); err != nil {
+					if err := j.PausePoint(); err != nil {
 						return err
 					}
 				}
@@ -306,7 +312,7 @@ func TestJobStates(t *testing.T) {
 			rt.Fatal(err)
 		}
 		verbs := map[string]func() error{
-			"pause": j.RequestPause, "resume": j.Resume, "complete": j.Complete, "finalize": j.Finalize, "dismiss": j.Dismiss,
+			"pause": j.Pause, "resume": j.Resume, "complete": j.Complete, "finalize": j.Finalize, "dismiss": j.Dismiss,
 			"cancel": func() error { return j.Cancel(true) }, "soft": func() error { return j.Cancel(false) },
 		}
 		for _, v := range rapid.SliceOfN(rapid.SampledFrom(slices.Sorted(mapKeys(verbs))), 0, 12).Draw(rt, "verbs") {
@@ -331,4 +337,41 @@ func TestJobStates(t *testing.T) {
 			at = e.Data.Status
 		}
 	})
+}
+
+// TestCloseEndsJobs closes a server with jobs in several states: all are undone.
+func TestCloseEndsJobs(t *testing.T) {
+	m := newMachine(t)
+	var jobs []*qmp.Job
+	aborted := make(chan struct{}, 10)
+	opts := qmp.JobOptions{ManualFinalize: true, ManualDismiss: true, Abort: func() { aborted <- struct{}{} }}
+	for id, run := range map[string]func(context.Context, *qmp.Job) error{
+		"working": work, "pending": func(context.Context, *qmp.Job) error { return nil },
+		"ready": func(_ context.Context, j *qmp.Job) error {
+			if err := j.Ready(); err != nil {
+				return err
+			}
+			_, err := j.WaitComplete()
+			return err
+		},
+	} {
+		j, err := m.srv.Jobs().Start(id, "test", opts, run)
+		if err != nil {
+			t.Fatal(err)
+		}
+		jobs = append(jobs, j)
+		for id == "pending" && j.Info().Status != qmp.JobPending {
+		}
+	}
+	m.srv.Close()
+	for _, j := range jobs {
+		<-j.Done()
+		<-aborted
+		if !errors.Is(j.Err(), qmp.ErrCanceled) {
+			t.Errorf("job %s ended with %v", j.ID(), j.Err())
+		}
+	}
+	if _, err := m.srv.Jobs().Start("late", "test", qmp.JobOptions{}, work); !errors.Is(err, qmp.ErrClosed) {
+		t.Errorf("a job after the end: %v", err)
+	}
 }

@@ -132,11 +132,13 @@ func removeStale(path string) error {
 		return fmt.Errorf("%w: %s exists and is not a socket; remove it or choose another path", ErrListen, path)
 	}
 	c, err := net.DialTimeout("unix", path, probeTimeout)
-	if err == nil {
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED): // nobody is there
+	case err == nil:
 		c.Close()
-	}
-	if !errors.Is(err, syscall.ECONNREFUSED) {
 		return fmt.Errorf("%w: %s is in use by a running process; stop it or choose another path", ErrListen, path)
+	default:
+		return fmt.Errorf("%w: %s may be in use: %w", ErrListen, path, err)
 	}
 	if err := os.Remove(path); err != nil {
 		return fmt.Errorf("%w: %w", ErrListen, err)

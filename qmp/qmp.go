@@ -18,7 +18,7 @@
 //
 // Go types map to QAPI types as follows. A field's name is its `qmp` tag, or the Go name in lower case with hyphens.
 //
-//   - string, bool: str, bool; all integer types: int, checked against the Go type's range; float64 and float32: number
+//   - string, bool: str, bool; all integer types: int, checked against the Go type's range; float64: number
 //   - a named string type with a method Values() []string: an enumeration of those values
 //   - slices: arrays; structs: objects, with the fields of embedded structs as members of their own
 //   - a pointer, or a field tagged `qmp:"name,omitempty"`: an optional member

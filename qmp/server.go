@@ -202,7 +202,7 @@ func (s *Server) Close() error {
 	done := make(chan struct{})
 	go func() {
 		s.wg.Wait()
-		s.jobs.wait()
+		s.jobs.close()
 		close(done)
 	}()
 	grace := time.NewTimer(closeGrace)

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	goqemu "github.com/digitalocean/go-qemu/qmp"
 	"github.com/google/go-cmp/cmp"
@@ -140,6 +141,11 @@ func TestOutOfBand(t *testing.T) {
 	}
 	// The eighth fills the queue: what follows is not read until it moves.
 	w.send(`{"execute": 8}{"exec-oob": "test-oob", "id": "late"}`)
+	w.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	if s, err := w.r.ReadString('\n'); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("with the queue full, got %s, %v", s, err)
+	}
+	w.SetReadDeadline(time.Now().Add(guard))
 	m.release <- struct{}{}
 	var got []string
 	for range 10 {

@@ -90,7 +90,7 @@ func compileLocked(t reflect.Type) *qtype {
 			q.kind = kindInt
 		case reflect.Uint, reflect.Uint8, reflect.Uint16, reflect.Uint32, reflect.Uint64:
 			q.kind = kindUint
-		case reflect.Float32, reflect.Float64:
+		case reflect.Float64:
 			q.kind = kindNumber
 		case reflect.Slice:
 			q.kind = kindArray
