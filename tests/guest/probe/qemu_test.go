@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -273,6 +274,19 @@ func TestMissingDevicesAreErrors(t *testing.T) {
 	for _, words := range []string{"blk", "rng", "net", "blk op=nonsense", "touch size=1G", "nonsense"} {
 		if err := (qemu{"kvm", "q35"}).run(t, words).Err(); err == nil {
 			t.Errorf("%q: no error", words)
+		}
+	}
+}
+
+func TestBadBlockParametersAreErrors(t *testing.T) {
+	for _, words := range []string{
+		"blk qd=300", "blk bs=100", "blk off=2M", "blk off=512k span=1M", "blk segs=17", "blk queue=3",
+		"blk packed=1", "blk evil=nonsense", "blk evil=loop indirect=1", "blk dev=1",
+	} {
+		_, args := disk(t, 1<<20, ",packed=off")
+		r := (qemu{"kvm", "q35"}).run(t, words, args...)
+		if err := r.Err(); !errors.Is(err, ErrWorkload) || !r.Done {
+			t.Errorf("%q: %v", words, err)
 		}
 	}
 }

@@ -224,6 +224,8 @@ static void blk_evil(const struct work *w, const char *kind)
 	u8 *data = dma_alloc(PAGE);
 	if (!data)
 		return fail("blk", "dma");
+	if (q.packed || q.indirect)
+		return fail("blk", "parameters");
 	q.hold = true; /* a device may look before it is told to */
 	submit(0, BLK_IN, 0, data, PAGE, 1); /* three descriptors */
 	u16 index = q.next;
