@@ -233,6 +233,8 @@ func (m *Machine) stopDevices() {
 	for _, d := range m.virtio {
 		d.Pause()
 	}
+	m.serial.Pause()
+	m.rtc.Pause()
 	if !m.clock.isStopped() {
 		m.clock.stop()
 		m.saveKVMClock()
@@ -244,6 +246,8 @@ func (m *Machine) startDevices() error {
 		return err
 	}
 	m.clock.start()
+	m.serial.Resume()
+	m.rtc.Resume()
 	for _, d := range m.virtio {
 		d.Resume()
 	}

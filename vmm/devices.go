@@ -50,6 +50,9 @@ func (m *Machine) buildDevices() error {
 	}
 	m.serial = device.NewSerial(line(device.GSICOM1), out)
 	m.rtc = device.NewRTC(line(device.GSIRTC))
+	low := min(m.cfg.Memory, device.LowRAMEnd)
+	m.rtc.SetMemory(low, m.cfg.Memory-low)
+	m.rtc.SetCPUs(m.cfg.CPUs)
 	m.i8042 = device.NewI8042(m)
 	m.power = device.NewPower(line(device.GSISCI), m.clock, m)
 	var err error

@@ -6,7 +6,6 @@ package vmm
 import (
 	"fmt"
 	"os"
-	"strings"
 	"sync"
 
 	"github.com/gnomon-vmm/gnomon/kvm"
@@ -204,8 +203,8 @@ func (m *Machine) load() error {
 		return err
 	}
 	cmdline := m.cfg.Cmdline
-	if m.assisted && strings.HasPrefix(m.cfg.Kernel.String(), "bzImage") {
-		cmdline = assist.Cmdline(cmdline, m.tscKHz)
+	if m.assisted && m.cfg.Kernel.IsLinux() {
+		cmdline = assist.Cmdline(cmdline)
 		m.cfg.Log("this host interprets ring 0 (KVM without VT-x or AMD-V): kernel code will be slow; kernel command line: %s", cmdline)
 	}
 	m.entry, err = boot.Load(m.mem, m.cfg.Kernel, boot.Config{

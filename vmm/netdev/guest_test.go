@@ -24,6 +24,9 @@ import (
 	"github.com/gnomon-vmm/gnomon/vmm/virtio"
 )
 
+// guestMAC is the guest's address.
+var guestMAC = net.HardwareAddr{0x52, 0x54, 0x00, 0x12, 0x34, 0x56}
+
 // wire connects a test to a backend as a device with a driver would.
 type wire struct {
 	backend  virtio.NetBackend
@@ -98,7 +101,7 @@ type guestStack struct {
 func newGuestStack(t testing.TB, b virtio.NetBackend, features uint64, ip netip.Prefix, gateway netip.Addr) *guestStack {
 	t.Helper()
 	w := newWire(t, b, features)
-	g := &guestStack{ep: channel.New(1024, 1500+header.EthernetMinimumSize, tcpip.LinkAddress(DefaultMAC))}
+	g := &guestStack{ep: channel.New(1024, 1500+header.EthernetMinimumSize, tcpip.LinkAddress(guestMAC))}
 	g.Stack = stack.New(stack.Options{
 		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, arp.NewProtocol},
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4},

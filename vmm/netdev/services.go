@@ -29,15 +29,17 @@ const (
 const hostDomain, hostName = "gnomon.internal.", "host"
 
 // serveDHCP answers on the stack until that is closed. The guest with the given
-// MAC address is offered UserGuest; others, were there any, get addresses
-// behind it.
+// MAC address, or the first to ask when that is nil, is offered UserGuest; others,
+// as there are behind a bridge in the guest, get the addresses behind it.
 func serveDHCP(s *stack.Stack, guest net.HardwareAddr) error {
 	subnet := net.IPNet{IP: UserSubnet.Addr().AsSlice(), Mask: net.CIDRMask(UserSubnet.Bits(), 32)}
 	pool := tap.NewIPPool(&subnet)
 	for ip := UserSubnet.Addr().Next(); ip != UserGuest; ip = ip.Next() {
 		pool.Reserve(ip.AsSlice(), "reserved "+ip.String())
 	}
-	pool.Reserve(UserGuest.AsSlice(), guest.String())
+	if guest != nil {
+		pool.Reserve(UserGuest.AsSlice(), guest.String())
+	}
 	broadcast := net.IPv4(10, 0, 2, 255)
 	pool.Reserve(broadcast, "broadcast")
 	server, err := dhcp.New(&types.Configuration{

@@ -26,13 +26,10 @@ const (
 	KindTap  Kind = "tap"
 )
 
-// DefaultMAC is the guest's MAC address unless the option names one: QEMU's default.
-var DefaultMAC = net.HardwareAddr{0x52, 0x54, 0x00, 0x12, 0x34, 0x56}
-
 // Spec is a network option: what a machine's network device is connected to.
 type Spec struct {
 	Kind     Kind
-	MAC      net.HardwareAddr // the guest's
+	MAC      net.HardwareAddr // the guest's; nil: the machine chooses
 	Tap      string           // KindTap: the interface
 	Forwards []Forward        // KindUser
 	Restrict bool             // KindUser
@@ -49,7 +46,7 @@ type Spec struct {
 func Parse(text string) (Spec, error) {
 	kind, rest, _ := strings.Cut(text, ",")
 	name, value, hasValue := strings.Cut(kind, "=")
-	spec := Spec{Kind: Kind(name), MAC: DefaultMAC}
+	spec := Spec{Kind: Kind(name)}
 	switch {
 	case name == string(KindNone) && !hasValue:
 		if rest != "" {
@@ -91,7 +88,7 @@ func (s *Spec) set(key, value string) error {
 	case key == "mac":
 		mac, err := net.ParseMAC(value)
 		if err != nil || len(mac) != 6 {
-			return fmt.Errorf("mac=%s: want six hexadecimal bytes, such as %s", value, DefaultMAC)
+			return fmt.Errorf("mac=%s: want six hexadecimal bytes, such as 52:54:00:12:34:56", value)
 		}
 		if mac[0]&1 != 0 {
 			return fmt.Errorf("mac=%s: the first byte must be even (an odd one means multicast)", value)

@@ -41,7 +41,7 @@ const nicID = tcpip.NICID(1)
 
 // UserConfig describes a user-mode network.
 type UserConfig struct {
-	MAC      net.HardwareAddr // the guest's; it gets UserGuest by DHCP
+	MAC      net.HardwareAddr // who gets UserGuest by DHCP; nil: who asks first
 	Forwards []Forward        // host ports that lead to the guest
 	Restrict bool             // the guest reaches neither the host nor beyond; forwards still work
 	Debug    bool             // let the network stack's libraries log

@@ -31,9 +31,6 @@ const patience = 30 * time.Second
 
 func newUser(t testing.TB, config UserConfig) *User {
 	t.Helper()
-	if config.MAC == nil {
-		config.MAC = DefaultMAC
-	}
 	u, err := NewUser(config)
 	if err != nil {
 		t.Fatal(err)
@@ -53,7 +50,7 @@ func userGuest(t testing.TB, u *User, features uint64) *guestStack {
 // udpFrame is an Ethernet frame with one UDP datagram.
 func udpFrame(src, dst netip.AddrPort, dstMAC tcpip.LinkAddress, payload []byte) []byte {
 	frame := make([]byte, header.EthernetMinimumSize+header.IPv4MinimumSize+header.UDPMinimumSize+len(payload))
-	header.Ethernet(frame).Encode(&header.EthernetFields{SrcAddr: tcpip.LinkAddress(DefaultMAC), DstAddr: dstMAC, Type: header.IPv4ProtocolNumber})
+	header.Ethernet(frame).Encode(&header.EthernetFields{SrcAddr: tcpip.LinkAddress(guestMAC), DstAddr: dstMAC, Type: header.IPv4ProtocolNumber})
 	ip := header.IPv4(frame[header.EthernetMinimumSize:])
 	ip.Encode(&header.IPv4Fields{
 		TotalLength: uint16(len(ip)), TTL: 64, Protocol: uint8(header.UDPProtocolNumber),
@@ -70,7 +67,14 @@ func udpFrame(src, dst netip.AddrPort, dstMAC tcpip.LinkAddress, payload []byte)
 
 // TestUserDHCP takes a lease as a guest's client does, frame by frame.
 func TestUserDHCP(t *testing.T) {
-	u := newUser(t, UserConfig{})
+	t.Run("first", func(t *testing.T) { takeLease(t, newUser(t, UserConfig{}), UserGuest) })
+	t.Run("known", func(t *testing.T) { takeLease(t, newUser(t, UserConfig{MAC: guestMAC}), UserGuest) })
+	t.Run("other", func(t *testing.T) {
+		takeLease(t, newUser(t, UserConfig{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 9}}), UserGuest.Next())
+	})
+}
+
+func takeLease(t *testing.T, u *User, want netip.Addr) {
 	w := newWire(t, u, 0)
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -98,12 +102,12 @@ func TestUserDHCP(t *testing.T) {
 			}
 		}
 	}
-	discover, err := dhcpv4.NewDiscovery(DefaultMAC)
+	discover, err := dhcpv4.NewDiscovery(guestMAC)
 	if err != nil {
 		t.Fatal(err)
 	}
 	offer := exchange(discover)
-	if offer.MessageType() != dhcpv4.MessageTypeOffer || !offer.YourIPAddr.Equal(UserGuest.AsSlice()) {
+	if offer.MessageType() != dhcpv4.MessageTypeOffer || !offer.YourIPAddr.Equal(want.AsSlice()) {
 		t.Fatalf("offer: %s", offer.Summary())
 	}
 	request, err := dhcpv4.NewRequestFromOffer(offer)
@@ -111,7 +115,7 @@ func TestUserDHCP(t *testing.T) {
 		t.Fatal(err)
 	}
 	ack := exchange(request)
-	if ack.MessageType() != dhcpv4.MessageTypeAck || !ack.YourIPAddr.Equal(UserGuest.AsSlice()) {
+	if ack.MessageType() != dhcpv4.MessageTypeAck || !ack.YourIPAddr.Equal(want.AsSlice()) {
 		t.Errorf("ack: %s", ack.Summary())
 	}
 	if r := ack.Router(); len(r) != 1 || !r[0].Equal(UserGateway.AsSlice()) {
@@ -132,11 +136,11 @@ func TestUserARP(t *testing.T) {
 	w := newWire(t, u, 0)
 	ask := func(target netip.Addr) {
 		frame := make([]byte, header.EthernetMinimumSize+header.ARPSize)
-		header.Ethernet(frame).Encode(&header.EthernetFields{SrcAddr: tcpip.LinkAddress(DefaultMAC), DstAddr: header.EthernetBroadcastAddress, Type: header.ARPProtocolNumber})
+		header.Ethernet(frame).Encode(&header.EthernetFields{SrcAddr: tcpip.LinkAddress(guestMAC), DstAddr: header.EthernetBroadcastAddress, Type: header.ARPProtocolNumber})
 		a := header.ARP(frame[header.EthernetMinimumSize:])
 		a.SetIPv4OverEthernet()
 		a.SetOp(header.ARPRequest)
-		copy(a.HardwareAddressSender(), DefaultMAC)
+		copy(a.HardwareAddressSender(), guestMAC)
 		copy(a.ProtocolAddressSender(), UserGuest.AsSlice())
 		copy(a.ProtocolAddressTarget(), target.AsSlice())
 		if err := w.send(virtio.NetHeader{}, frame); err != nil {
@@ -387,7 +391,7 @@ func TestUserPortTaken(t *testing.T) {
 	}
 	defer taken.Close()
 	port := taken.Addr().(*net.TCPAddr).AddrPort()
-	_, err = NewUser(UserConfig{MAC: DefaultMAC, Forwards: []Forward{{Protocol: "tcp", Host: port, Guest: 80}}})
+	_, err = NewUser(UserConfig{Forwards: []Forward{{Protocol: "tcp", Host: port, Guest: 80}}})
 	if !errors.Is(err, ErrUser) || !strings.Contains(err.Error(), "is taken on this host: choose another") || strings.Contains(err.Error(), "\n") {
 		t.Errorf("error %q", err)
 	}
@@ -395,7 +399,7 @@ func TestUserPortTaken(t *testing.T) {
 
 // TestUserClose frees ports and ends connections that are open.
 func TestUserClose(t *testing.T) {
-	u, err := NewUser(UserConfig{MAC: DefaultMAC, Forwards: []Forward{{Protocol: "tcp", Host: mustAddrPort("127.0.0.1", 0), Guest: 80}}})
+	u, err := NewUser(UserConfig{Forwards: []Forward{{Protocol: "tcp", Host: mustAddrPort("127.0.0.1", 0), Guest: 80}}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,12 +4,19 @@ import "time"
 
 // A thread that sleeps takes tens of microseconds to wake, far longer than most
 // requests take. So after work a worker looks for more for a while, with kicks
-// suppressed, before it sleeps; for how long follows from how it went
-// before, as in QEMU's I/O threads: the window doubles while sleeps turn out
-// shorter than the longest window, and closes when they are long.
+// suppressed, before it sleeps. For how long follows from how it went before, much as
+// in QEMU's I/O threads: the window doubles while the sleeps turn out short
+// enough that a longer window would have spared them, and halves, down to
+// nothing, while they are long. A worker that does not look any more tries it
+// again now and then.
 const (
 	pollFirst = 8 * time.Microsecond
 	pollMost  = 64 * time.Microsecond
+	// pollWorth is the longest time without work that makes the window
+	// longer: it includes the time that waking took.
+	pollWorth = 2 * pollMost
+	// pollRetry is after how many sleeps a closed window is tried again.
+	pollRetry = 16
 	// pollLooks is how often the ring is looked at between looks at the clock.
 	pollLooks = 32
 )
@@ -17,8 +24,8 @@ const (
 // poller is the polling of one worker, used only by it.
 type poller struct {
 	window time.Duration
-	idle   time.Time // when the worker ran out of work
-	slept  bool      // it went to sleep without being woken for pausing
+	idle   time.Time // when the worker ran out of work; zero: unknown
+	closed int       // sleeps since the window was closed
 }
 
 // spin looks for a chain, or another reason to call Handle, until the window has passed.
@@ -42,21 +49,28 @@ func (p *poller) spin(w *worker) bool {
 	}
 }
 
-// blocked says that the worker goes to sleep.
-func (p *poller) blocked() { p.slept = !p.idle.IsZero() }
-
-// woken adapts the window to how long the worker found nothing to do.
+// woken adapts the window to how long the worker had nothing to do.
 func (p *poller) woken() {
-	if !p.slept {
+	if p.idle.IsZero() {
 		return
 	}
-	switch idle := time.Since(p.idle); {
+	p.adapt(time.Since(p.idle))
+	p.idle = time.Time{}
+}
+
+func (p *poller) adapt(idle time.Duration) {
+	switch {
 	case idle <= p.window:
 		// It came just as the window closed.
-	case idle > pollMost:
-		p.window = 0
-	default:
+	case idle <= pollWorth:
 		p.window = min(max(2*p.window, pollFirst), pollMost)
+	case p.window > 0:
+		if p.window /= 2; p.window < pollFirst {
+			p.window, p.closed = 0, 0
+		}
+	default:
+		if p.closed++; p.closed == pollRetry {
+			p.window, p.closed = pollFirst, 0
+		}
 	}
-	p.idle = time.Time{}
 }

@@ -170,7 +170,6 @@ func (w *worker) run() {
 			continue
 		}
 		if w.state.CompareAndSwap(workerRunning, workerIdle) {
-			w.poll.blocked()
 			w.event.wait()
 			w.poll.woken()
 		}
