@@ -3,8 +3,13 @@ package kvm_test
 import (
 	"encoding/binary"
 	"errors"
+	"os"
+	"runtime"
 	"slices"
+	"sync/atomic"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/gnomon-vmm/gnomon/kvm"
 	"github.com/gnomon-vmm/gnomon/kvm/internal/tinyguest"
@@ -142,6 +147,36 @@ func TestDirtyRing(t *testing.T) {
 		}
 		if reset, err := guest.VM.ResetDirtyRings(); err != nil || reset != n {
 			t.Fatalf("round %d: reset %d of %d entries, %v", round, reset, n, err)
+		}
+	}
+}
+
+// Signals, of which the Go runtime sends its own, cut the kernel's reset short.
+func TestResetDirtyRingsUnderSignals(t *testing.T) {
+	guest := newWriter(t, written, enableRing(t))
+	if err := guest.VCPU.MapDirtyRing(ringEntries); err != nil {
+		t.Fatal(err)
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	tid := unix.Gettid()
+	var stop atomic.Bool
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for !stop.Load() {
+			if err := unix.Tgkill(os.Getpid(), tid, unix.SIGURG); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	defer func() { stop.Store(true); <-stopped }()
+	for range 200 {
+		runToOut(t, guest, 0x80)
+		n := guest.VCPU.HarvestDirty(func(uint32, uint64) {})
+		if reset, err := guest.VM.ResetDirtyRings(); err != nil || reset != n {
+			t.Fatalf("reset %d of %d entries, %v", reset, n, err)
 		}
 	}
 }

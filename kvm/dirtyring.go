@@ -27,7 +27,8 @@ const (
 
 // dirtyRing is where KVM tells the pages that a VCPU wrote.
 type dirtyRing struct {
-	size    uint64 // bytes, as the VM's rings were enabled
+	size    uint64        // bytes, as the VM's rings were enabled
+	unreset *atomic.Int64 // the VM's
 	mapping []byte
 	entries []dirtyGFN
 	next    uint32 // the entry HarvestDirty looks at first, modulo len(entries)
@@ -82,5 +83,32 @@ func (v *VCPU) HarvestDirty(page func(slot uint32, offset uint64)) int {
 		atomic.StoreUint32(&entry.flags, dirtyGFNReset)
 		v.ring.next++
 	}
+	if n > 0 {
+		v.ring.unreset.Add(int64(n))
+	}
 	return n
+}
+
+// ResetDirtyRings write-protects again the pages that HarvestDirty took from
+// any VCPU's ring, frees their entries, and returns how many those were.
+func (vm *VM) ResetDirtyRings() (int, error) {
+	// A signal cuts the kernel short, which it does not tell but by the count:
+	// so go on until all that was harvested is counted.
+	const patience = 1000
+	for total, idle := 0, 0; ; {
+		n, errno := ioctl(vm.fd, nrResetDirtyRings, 0)
+		if errno != 0 && errno != unix.EINTR {
+			return total, opError("KVM_RESET_DIRTY_RINGS", errno)
+		}
+		if n = max(n, 0); n > 0 {
+			idle = 0
+		}
+		total += n
+		if vm.unreset.Add(-int64(n)) <= 0 {
+			return total, nil
+		}
+		if idle++; idle > patience {
+			return total, fmt.Errorf("%w: KVM_RESET_DIRTY_RINGS leaves %d entries", ErrDirtyRing, vm.unreset.Load())
+		}
+	}
 }

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"runtime"
 	"sync"
 	"syscall"
 
@@ -98,6 +99,7 @@ func (s *System) Close() error { return s.file.Close() }
 // absent, otherwise 1 or a figure whose meaning depends on the capability.
 // Ask VM.Check where the answer may depend on the VM.
 func (s *System) Check(c Cap) int {
+	defer runtime.KeepAlive(s.file) // which closes itself when it is garbage
 	n, err := hype.CheckExtension(s.file, hype.Cap(c))
 	if err != nil {
 		return 0
@@ -114,6 +116,7 @@ var supportedCPUID struct {
 // SupportedCPUID returns the CPUID leaves that the host and KVM can offer a
 // guest. The caller may change the returned slice.
 func (s *System) SupportedCPUID() ([]CPUIDEntry, error) {
+	defer runtime.KeepAlive(s.file)
 	supportedCPUID.Lock()
 	defer supportedCPUID.Unlock()
 	if supportedCPUID.entries == nil {
@@ -129,6 +132,7 @@ func (s *System) SupportedCPUID() ([]CPUIDEntry, error) {
 // MSRIndexList returns the indices of the MSRs that a VCPU's state consists
 // of: those to save and restore.
 func (s *System) MSRIndexList() ([]uint32, error) {
+	defer runtime.KeepAlive(s.file)
 	for size := 256; ; size *= 2 {
 		list := make([]uint32, 1+size)
 		list[0] = uint32(size)
@@ -145,6 +149,7 @@ func (s *System) MSRIndexList() ([]uint32, error) {
 
 // CreateVM makes an empty virtual machine.
 func (s *System) CreateVM() (*VM, error) {
+	defer runtime.KeepAlive(s.file)
 	for {
 		fd, errno := ioctl(int(s.file.Fd()), nrCreateVM, 0)
 		switch errno {

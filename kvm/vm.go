@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +19,8 @@ type VM struct {
 	fd           int
 	vcpuMmapSize int
 	xsaveSize    int
+
+	unreset atomic.Int64 // ring entries harvested and not given back yet
 
 	mu       sync.Mutex
 	slots    map[uint32]uint64 // guarded by mu; pages in each slot
@@ -140,13 +143,6 @@ func (vm *VM) ClearDirtyLog(slot uint32, firstPage uint64, numPages uint32, bitm
 	return nil
 }
 
-// ResetDirtyRings write-protects again the pages that HarvestDirty took from
-// any VCPU's ring, frees their entries, and returns how many those were.
-func (vm *VM) ResetDirtyRings() (int, error) {
-	n, errno := ioctl(vm.fd, nrResetDirtyRings, 0)
-	return n, result("KVM_RESET_DIRTY_RINGS", errno)
-}
-
 // Clock reads kvmclock.
 func (vm *VM) Clock() (ClockData, error) {
 	var clock ClockData
@@ -194,7 +190,7 @@ func (vm *VM) CreateVCPU(id int) (*VCPU, error) {
 	defer vm.mu.Unlock()
 	return &VCPU{
 		ID: id, fd: fd, shared: shared, run: runPageOf(shared), xsaveSize: vm.xsaveSize,
-		ring: dirtyRing{size: vm.ringSize},
+		ring: dirtyRing{size: vm.ringSize, unreset: &vm.unreset},
 	}, nil
 }
 
