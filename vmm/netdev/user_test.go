@@ -216,10 +216,7 @@ func TestUserRefused(t *testing.T) {
 	defer cancel()
 
 	g := userGuest(t, newUser(t, UserConfig{}), 0)
-	for _, address := range []string{"10.0.2.2:" + port, "10.0.2.9:" + served, "169.254.169.254:80", "127.0.0.1:" + served} {
-		if address[:4] == "127." {
-			continue // the guest's own
-		}
+	for _, address := range []string{"10.0.2.2:" + port, "10.0.2.9:" + served, "169.254.169.254:80"} {
 		if c, err := g.dial(ctx, "tcp", address); err == nil || errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("dial %s: %v %v", address, c, err)
 		}
@@ -457,5 +454,26 @@ func TestUserHostileFrames(t *testing.T) {
 	u.link.mu.Unlock()
 	if waiting > userQueueFrames {
 		t.Errorf("%d frames wait", waiting)
+	}
+}
+
+// TestHostAddr: which host addresses stand behind those a guest names.
+func TestHostAddr(t *testing.T) {
+	for guest, want := range map[string]string{
+		"10.0.2.2":        "127.0.0.1", // the host itself
+		"10.0.2.3":        "",          // DNS alone
+		"10.0.2.9":        "",          // nobody on this network
+		"10.0.3.9":        "10.0.3.9",
+		"93.184.216.34":   "93.184.216.34",
+		"127.0.0.1":       "",
+		"0.0.0.0":         "",
+		"255.255.255.255": "",
+		"224.0.0.251":     "",
+		"169.254.169.254": "", // cloud metadata
+	} {
+		got, ok := hostAddr(stackAddr(netip.MustParseAddr(guest)), 80)
+		if ok != (want != "") || ok && got != mustAddrPort(want, 80) {
+			t.Errorf("%s leads to %v, %v", guest, got, ok)
+		}
 	}
 }
