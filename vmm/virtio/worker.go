@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -170,6 +171,11 @@ func (w *worker) run() {
 			continue
 		}
 		if w.state.CompareAndSwap(workerRunning, workerIdle) {
+			// A goroutine that makes system calls for 10 ms without passing
+			// the scheduler has the runtime's monitor take its processor at
+			// each of them, and then has to wake the monitor, which sleeps when
+			// no processor is busy: a thread wake-up for every request.
+			runtime.Gosched()
 			w.event.wait()
 			w.poll.woken()
 		}
