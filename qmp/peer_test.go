@@ -195,6 +195,10 @@ func newMachine(t testing.TB, more ...func(*qmp.Registry)) *machine {
 			return qmp.Empty{}, ctx.Err()
 		}
 	})
+	qmp.Register(reg, "test-long", func(context.Context, *qmp.Session, qmp.Empty) (string, error) {
+		m.call()
+		return strings.Repeat("long", 2500), nil
+	})
 	qmp.Register(reg, "test-oob", func(context.Context, *qmp.Session, qmp.Empty) (string, error) {
 		return "overtaken", nil
 	}, qmp.AllowOOB())

@@ -184,6 +184,11 @@ func TestInBandOneByOne(t *testing.T) {
 	if got := b.line(); got != `{"return": "overtaken", "id": 2}` {
 		t.Fatalf("beside a blocked session, got %s", got)
 	}
+	b.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	if s, err := b.r.ReadString('\n'); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("beside a blocked session, got %s, %v", s, err)
+	}
+	b.SetReadDeadline(time.Now().Add(guard))
 	m.release <- struct{}{}
 	if got := a.line(); got != `{"return": {}}` {
 		t.Fatalf("the blocked command answered %s", got)
@@ -227,6 +232,12 @@ func openFDs(t *testing.T) int {
 
 // TestDescriptors compares the commands about descriptors with QEMU's, and counts that none is left open.
 func TestDescriptors(t *testing.T) {
+	// Go's network poller has descriptors from its first use on.
+	warm := newMachine(t)
+	negotiated(t, warm.path).Close()
+	warm.srv.Close()
+	before := openFDs(t)
+
 	m := newMachine(t)
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, []byte("content"), 0o600); err != nil {
@@ -238,7 +249,6 @@ func TestDescriptors(t *testing.T) {
 	}
 	defer f.Close()
 	qemu, ours := negotiated(t, startQEMU(t)), negotiated(t, m.path)
-	before := openFDs(t)
 	for _, step := range []struct {
 		pass    int
 		command string
@@ -304,10 +314,16 @@ func TestDescriptors(t *testing.T) {
 	ours.line()
 	sendFD(t, ours, "garbage", f, f)
 	ours.settle()
+	// Descriptors that come before the message they could belong to is complete, more than once.
+	sendFD(t, ours, " ", f, f)
+	sendFD(t, ours, " ", f)
+	ours.settle()
 	// Gone with the session: all that is left.
 	ours.Close()
 	m.srv.Close()
-	if after := openFDs(t); after > before {
+	qemu.Close()
+	f.Close()
+	if after := openFDs(t); after != before+1 { // one is the pidfd by which QEMU is waited for
 		t.Errorf("%d descriptors before, %d after", before, after)
 	}
 }
@@ -459,6 +475,25 @@ func TestSlowReaderOfResponses(t *testing.T) {
 	}
 	if err := <-sent; err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestUnreadResponses sends commands without end and reads nothing: few are run, and the sender is kept waiting.
+func TestUnreadResponses(t *testing.T) {
+	m := newMachine(t)
+	w := negotiated(t, m.path)
+	const limit = 200_000
+	command := []byte(`{"execute": "test-long"}`)
+	w.SetWriteDeadline(time.Now().Add(time.Second))
+	sent := 0
+	for sent < limit {
+		if _, err := w.Write(command); err != nil {
+			break
+		}
+		sent++
+	}
+	if n := m.called(); sent == limit || n > 1000 {
+		t.Errorf("%d commands were taken and %d run for a client that does not read", sent, n)
 	}
 }
 
