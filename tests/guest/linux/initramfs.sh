@@ -12,7 +12,7 @@ one_at_a_time initramfs
 work=$(mktemp -d "$cache/.initramfs.XXXXXX")
 trap 'rm -rf "$work"' EXIT INT TERM
 tree=$work/tree
-mkdir -p "$tree/bin" "$tree/sbin" "$tree/lib64" "$tree/dev" "$tree/proc" "$tree/sys" "$tree/tmp" "$tree/root" "$tree/etc" "$tree/mnt"
+mkdir -p "$tree/bin" "$tree/sbin" "$tree/lib64" "$tree/lib" "$tree/dev" "$tree/proc" "$tree/sys" "$tree/tmp" "$tree/root" "$tree/etc" "$tree/mnt"
 
 # program PATH PACKAGE: where the program is, unpacked from its package if it
 # is not installed. A machine that has none of them can still build.
@@ -45,7 +45,7 @@ ln -s mke2fs "$tree/sbin/mkfs.ext4"
 ln -s e2fsck "$tree/sbin/fsck.ext4"
 cp /lib64/ld-linux-x86-64.so.2 "$tree/lib64/"
 ldd "$tree/sbin/mke2fs" "$tree/sbin/e2fsck" | sed -n 's/.* => \(\/[^ ]*\) .*/\1/p' | sort -u | while IFS= read -r lib; do
-	cp "$lib" "$tree/lib64/"
+	cp "$lib" "$tree/lib/"
 done
 cp /etc/mke2fs.conf "$tree/etc/"
 printf 'root:x:0:0:root:/root:/bin/sh\n' >"$tree/etc/passwd"
