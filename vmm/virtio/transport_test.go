@@ -3,6 +3,7 @@ package virtio
 import (
 	"encoding/json"
 	"errors"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -391,8 +392,11 @@ func TestPCITransportNotifyFollowsBAR(t *testing.T) {
 		e.receive()
 	}
 	e.setConfig(4, 2, 0)
+	e.pci.mu.Lock()
+	e.pci.arm() // as a start by the configuration access capability would
+	e.pci.mu.Unlock()
 	if len(e.fds.fds) != 0 {
-		t.Error("eventfds stay without memory decoding")
+		t.Error("eventfds are assigned without memory decoding")
 	}
 	e.setConfig(4, 2, 2)
 	e.write(commonStatus, 1, 0)
@@ -519,6 +523,39 @@ func TestPCITransportPauseLosesNothing(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestPCITransportPauseWaitsForHandle(t *testing.T) {
+	e := newEchoGuest(t, allFeatures)
+	block, entered := make(chan struct{}), make(chan struct{})
+	e.dev.set(func() { e.dev.block, e.dev.entered = block, entered })
+	e.send()
+	<-entered
+	var released atomic.Bool
+	var pause sync.WaitGroup
+	pause.Go(func() {
+		e.pci.Pause()
+		if !released.Load() {
+			t.Error("Pause returned while a worker was in Handle")
+		}
+	})
+	for paused := false; !paused; runtime.Gosched() {
+		e.pci.gate.mu.Lock()
+		paused = e.pci.gate.paused
+		e.pci.gate.mu.Unlock()
+	}
+	for range 1000 { // time for a Pause that does not wait to return
+		runtime.Gosched()
+	}
+	released.Store(true)
+	close(block)
+	pause.Wait()
+	// The request that came before is served after.
+	if e.drv[0].hasUsed() {
+		t.Error("Handle went on to a request although it was to pause")
+	}
+	e.pci.Resume()
+	e.receive()
 }
 
 func TestPCITransportResetAgainstEverything(t *testing.T) {
