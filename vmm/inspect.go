@@ -130,23 +130,33 @@ func (m *Machine) CPUState(index int) (*CPUState, error) {
 	return c.saveState()
 }
 
+// Translate tells where a guest-virtual address lies by a vCPU's page tables.
+// Call it inside Stopped.
+func (m *Machine) Translate(cpu int, gva uint64) (gpa uint64, err error) {
+	c, err := m.cpu(cpu)
+	if err != nil {
+		return 0, err
+	}
+	t, err := c.VCPU.Translate(gva)
+	if err != nil {
+		return 0, err
+	}
+	if !t.Valid {
+		return 0, fmt.Errorf("%w: GVA %#x is not mapped on vCPU %d", ErrState, gva, cpu)
+	}
+	return t.PhysicalAddress, nil
+}
+
 // ReadVirtual copies guest memory by guest-virtual address, as a vCPU's page
 // tables have it. Call it inside Stopped.
 func (m *Machine) ReadVirtual(cpu int, gva uint64, p []byte) error {
-	c, err := m.cpu(cpu)
-	if err != nil {
-		return err
-	}
 	for len(p) > 0 {
 		n := min(len(p), guestmem.PageSize-int(gva%guestmem.PageSize))
-		t, err := c.Translate(gva)
+		gpa, err := m.Translate(cpu, gva)
 		if err != nil {
 			return err
 		}
-		if !t.Valid {
-			return fmt.Errorf("%w: GVA %#x is not mapped on vCPU %d", ErrState, gva, cpu)
-		}
-		if err := m.mem.Read(t.PhysicalAddress, p[:n]); err != nil {
+		if err := m.mem.Read(gpa, p[:n]); err != nil {
 			return err
 		}
 		gva, p = gva+uint64(n), p[n:]

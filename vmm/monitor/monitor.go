@@ -1,57 +1,72 @@
-// Package monitor is a machine's QMP commands and events, by QEMU's names and
-// with QEMU's meanings.
+// Package monitor is a machine's QMP commands and events, by the names and
+// with the meanings of QEMU 7.2 (qapi/*.json). Where it differs:
+//
+//   - pmemsave and memsave check the whole range before they create a file,
+//     and refuse what is not RAM; QEMU writes zeroes or leaves a partial file.
+//   - dump-guest-memory writes only ELF, always 64-bit x86, and without paging;
+//     with detach it is a job too, "dump-guest-memory", that job-cancel ends.
+//   - query-cpus, which QEMU dropped in 6.0, is there for older clients.
+//   - __ORG.GNOMON_DEVICE_BROKEN tells that the guest's driver broke a virtio
+//     device, which then waits for its reset.
+//
+// A machine that has ended is not brought back by cont or system_reset.
 package monitor
 
 import (
 	"context"
+	"sync"
 
 	"github.com/gnomon-vmm/gnomon/qmp"
 	"github.com/gnomon-vmm/gnomon/vmm"
 )
 
+// version is the QEMU whose commands clients may expect.
+var version = qmp.Version{Major: 7, Minor: 2, Package: "gnomon"}
+
+// monitor holds what the commands of one machine work on.
 type monitor struct {
-	m *vmm.Machine
+	m      *vmm.Machine
+	server *qmp.Server
+
+	mu   sync.Mutex
+	dump dumpState // guarded by mu
 }
 
 // Listen serves the machine's QMP on the given addresses (unix:PATH,
-// tcp:HOST:PORT) until the server is closed.
+// tcp:HOST:PORT) until the server is closed, which must come before the
+// machine's Close.
 func Listen(m *vmm.Machine, addresses ...string) (*qmp.Server, error) {
+	mon := &monitor{m: m, dump: dumpState{Status: dumpNone}}
 	reg := qmp.NewRegistry()
-	mon := &monitor{m: m}
-	qmp.Register(reg, "quit", mon.quit)
-	qmp.Register(reg, "stop", mon.stop)
-	qmp.Register(reg, "cont", mon.cont)
-	qmp.Register(reg, "system_powerdown", mon.powerdown)
-	qmp.Register(reg, "system_reset", mon.reset)
-	server := qmp.NewServer(reg, qmp.Version{})
+	mon.registerControl(reg)
+	mon.registerInfo(reg)
+	mon.registerCPUs(reg)
+	mon.registerPCI(reg)
+	mon.registerBlock(reg)
+	mon.registerDevices(reg)
+	mon.registerStats(reg)
+	mon.registerMemory(reg)
+	mon.registerDump(reg)
+	registerEvents(reg)
+	mon.server = qmp.NewServer(reg, version)
+	m.Observe(mon.tell)
 	for _, a := range addresses {
-		if err := server.Listen(a); err != nil {
-			server.Close()
+		if err := mon.server.Listen(a); err != nil {
+			mon.server.Close()
 			return nil, err
 		}
 	}
-	return server, nil
+	return mon.server, nil
 }
 
-func (mon *monitor) quit(context.Context, *qmp.Session, qmp.Empty) (qmp.Empty, error) {
-	mon.m.Quit()
-	return qmp.Empty{}, nil
+// query registers a command without arguments that cannot fail.
+func query[R any](reg *qmp.Registry, name string, f func() R) {
+	qmp.Register(reg, name, func(context.Context, *qmp.Session, qmp.Empty) (R, error) { return f(), nil })
 }
 
-func (mon *monitor) stop(context.Context, *qmp.Session, qmp.Empty) (qmp.Empty, error) {
-	return qmp.Empty{}, mon.m.Pause()
-}
-
-func (mon *monitor) cont(context.Context, *qmp.Session, qmp.Empty) (qmp.Empty, error) {
-	return qmp.Empty{}, mon.m.Resume()
-}
-
-func (mon *monitor) powerdown(context.Context, *qmp.Session, qmp.Empty) (qmp.Empty, error) {
-	mon.m.PressPowerButton()
-	return qmp.Empty{}, nil
-}
-
-func (mon *monitor) reset(context.Context, *qmp.Session, qmp.Empty) (qmp.Empty, error) {
-	mon.m.SystemReset()
-	return qmp.Empty{}, nil
+// action registers a command without arguments or result.
+func action(reg *qmp.Registry, name string, f func() error) {
+	qmp.Register(reg, name, func(context.Context, *qmp.Session, qmp.Empty) (qmp.Empty, error) {
+		return qmp.Empty{}, f()
+	})
 }

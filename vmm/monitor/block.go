@@ -1,0 +1,227 @@
+package monitor
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/qmp"
+	"github.com/gnomon-vmm/gnomon/vmm"
+	"github.com/gnomon-vmm/gnomon/vmm/virtio"
+)
+
+// The types of QEMU's qapi/block-core.json. What is optional there and never
+// present here is left out, and numbers of throttling are always 0.
+type (
+	blockInfo struct {
+		Device    string          `qmp:"device"`
+		Qdev      *string         `qmp:"qdev"`
+		Type      string          `qmp:"type"`
+		Removable bool            `qmp:"removable"`
+		Locked    bool            `qmp:"locked"`
+		Inserted  *blockNode      `qmp:"inserted"`
+		IOStatus  *deviceIOStatus `qmp:"io-status"`
+	}
+	blockNode struct {
+		File             string       `qmp:"file"`
+		NodeName         *string      `qmp:"node-name"`
+		ReadOnly         bool         `qmp:"ro"`
+		Driver           string       `qmp:"drv"`
+		BackingFile      *string      `qmp:"backing_file"`
+		BackingFileDepth int64        `qmp:"backing_file_depth"`
+		Encrypted        bool         `qmp:"encrypted"`
+		DetectZeroes     detectZeroes `qmp:"detect_zeroes"`
+		BPS              int64        `qmp:"bps"`
+		BPSRead          int64        `qmp:"bps_rd"`
+		BPSWrite         int64        `qmp:"bps_wr"`
+		IOPS             int64        `qmp:"iops"`
+		IOPSRead         int64        `qmp:"iops_rd"`
+		IOPSWrite        int64        `qmp:"iops_wr"`
+		Image            imageInfo    `qmp:"image"`
+		Cache            cacheInfo    `qmp:"cache"`
+		WriteThreshold   int64        `qmp:"write_threshold"`
+	}
+	imageInfo struct {
+		Filename              string     `qmp:"filename"`
+		Format                string     `qmp:"format"`
+		ActualSize            *int64     `qmp:"actual-size"`
+		VirtualSize           int64      `qmp:"virtual-size"`
+		ClusterSize           *int64     `qmp:"cluster-size"`
+		BackingFilename       *string    `qmp:"backing-filename"`
+		BackingFilenameFormat *string    `qmp:"backing-filename-format"`
+		BackingImage          *imageInfo `qmp:"backing-image"`
+	}
+	cacheInfo struct {
+		Writeback bool `qmp:"writeback"`
+		Direct    bool `qmp:"direct"`
+		NoFlush   bool `qmp:"no-flush"`
+	}
+	blockStats struct {
+		Device   *string          `qmp:"device"`
+		Qdev     *string          `qmp:"qdev"`
+		NodeName *string          `qmp:"node-name"`
+		Stats    blockDeviceStats `qmp:"stats"`
+	}
+	blockDeviceStats struct {
+		ReadBytes       int64       `qmp:"rd_bytes"`
+		WriteBytes      int64       `qmp:"wr_bytes"`
+		UnmapBytes      int64       `qmp:"unmap_bytes"`
+		ReadOperations  int64       `qmp:"rd_operations"`
+		WriteOperations int64       `qmp:"wr_operations"`
+		FlushOperations int64       `qmp:"flush_operations"`
+		UnmapOperations int64       `qmp:"unmap_operations"`
+		ReadTime        int64       `qmp:"rd_total_time_ns"`
+		WriteTime       int64       `qmp:"wr_total_time_ns"`
+		FlushTime       int64       `qmp:"flush_total_time_ns"`
+		UnmapTime       int64       `qmp:"unmap_total_time_ns"`
+		WriteHighest    int64       `qmp:"wr_highest_offset"` // not kept: always 0
+		ReadMerged      int64       `qmp:"rd_merged"`
+		WriteMerged     int64       `qmp:"wr_merged"`
+		UnmapMerged     int64       `qmp:"unmap_merged"`
+		FailedReads     int64       `qmp:"failed_rd_operations"`
+		FailedWrites    int64       `qmp:"failed_wr_operations"`
+		FailedFlushes   int64       `qmp:"failed_flush_operations"`
+		FailedUnmaps    int64       `qmp:"failed_unmap_operations"`
+		InvalidReads    int64       `qmp:"invalid_rd_operations"`
+		InvalidWrites   int64       `qmp:"invalid_wr_operations"`
+		InvalidFlushes  int64       `qmp:"invalid_flush_operations"`
+		InvalidUnmaps   int64       `qmp:"invalid_unmap_operations"`
+		AccountInvalid  bool        `qmp:"account_invalid"`
+		AccountFailed   bool        `qmp:"account_failed"`
+		TimedStats      []qmp.Empty `qmp:"timed_stats"` // of intervals that nobody can set: none
+	}
+	// blockJob is BlockJobInfo. No job works on a disk yet.
+	blockJob struct {
+		Type         string         `qmp:"type"`
+		Device       string         `qmp:"device"`
+		Len          int64          `qmp:"len"`
+		Offset       int64          `qmp:"offset"`
+		Busy         bool           `qmp:"busy"`
+		Paused       bool           `qmp:"paused"`
+		Speed        int64          `qmp:"speed"`
+		IOStatus     deviceIOStatus `qmp:"io-status"`
+		Ready        bool           `qmp:"ready"`
+		Status       qmp.JobStatus  `qmp:"status"`
+		AutoFinalize bool           `qmp:"auto-finalize"`
+		AutoDismiss  bool           `qmp:"auto-dismiss"`
+		Error        *string        `qmp:"error"`
+	}
+	namedNodesArguments struct {
+		Flat *bool `qmp:"flat"`
+	}
+	blockStatsArguments struct {
+		QueryNodes *bool `qmp:"query-nodes"`
+	}
+)
+
+// deviceIOStatus is BlockDeviceIoStatus, detectZeroes BlockdevDetectZeroesOptions.
+type (
+	deviceIOStatus string
+	detectZeroes   string
+)
+
+func (deviceIOStatus) Values() []string { return []string{"ok", "failed", "nospace"} }
+func (detectZeroes) Values() []string   { return []string{"off", "on", "unmap"} }
+
+// nodeName names a disk's node, or the depth-th of its backing files. Names
+// that begin with # are made up, in QEMU too.
+func nodeName(disk string, depth int) string {
+	if depth == 0 {
+		return "#" + disk
+	}
+	return fmt.Sprintf("#%s-backing%d", disk, depth)
+}
+
+// devicePath names a device where QEMU has a path in its object tree.
+func devicePath(id string) string { return "/machine/peripheral/" + id }
+
+func (mon *monitor) registerBlock(reg *qmp.Registry) {
+	query(reg, "query-block", func() (all []blockInfo) {
+		for _, d := range mon.m.Disks() {
+			path, ok := devicePath(d.ID), deviceIOStatus("ok")
+			node := nodeInfo(d, d.Node.Info(), 0, true)
+			all = append(all, blockInfo{Device: d.ID, Qdev: &path, Type: "unknown", Inserted: &node, IOStatus: &ok})
+		}
+		return all
+	})
+	qmp.Register(reg, "query-blockstats", mon.queryBlockStats)
+	qmp.Register(reg, "query-named-block-nodes", mon.queryNodes)
+	query(reg, "query-block-jobs", func() []blockJob { return nil })
+}
+
+// queryNodes lists every node, those of backing files too. flat leaves out the
+// images behind each.
+func (mon *monitor) queryNodes(_ context.Context, _ *qmp.Session, a namedNodesArguments) (all []blockNode, _ error) {
+	flat := a.Flat != nil && *a.Flat
+	for _, d := range mon.m.Disks() {
+		info := d.Node.Info()
+		for depth, i := 0, &info; i != nil; depth, i = depth+1, i.Backing {
+			all = append(all, nodeInfo(d, *i, depth, !flat))
+		}
+	}
+	return all, nil
+}
+
+func nodeInfo(d vmm.AttachedDisk, i block.Info, depth int, deep bool) blockNode {
+	name := nodeName(d.ID, depth)
+	n := blockNode{
+		File: i.Filename, NodeName: &name, ReadOnly: depth > 0 || d.Node.ReadOnly(), Driver: i.Format,
+		DetectZeroes: "off", Image: image(i, deep),
+		Cache: cacheInfo{Writeback: d.Device.State().Writeback},
+	}
+	for b := i.Backing; b != nil; b = b.Backing {
+		n.BackingFileDepth++
+	}
+	if i.Backing != nil {
+		n.BackingFile = &i.Backing.Filename
+	}
+	return n
+}
+
+func image(i block.Info, deep bool) imageInfo {
+	info := imageInfo{Filename: i.Filename, Format: i.Format, ActualSize: &i.ActualSize, VirtualSize: i.VirtualSize}
+	if i.ClusterSize != 0 {
+		info.ClusterSize = &i.ClusterSize
+	}
+	if b := i.Backing; b != nil {
+		info.BackingFilename, info.BackingFilenameFormat = &b.Filename, &b.Format
+		if deep {
+			behind := image(*b, true)
+			info.BackingImage = &behind
+		}
+	}
+	return info
+}
+
+// queryBlockStats tells what the devices did, or with query-nodes what the
+// nodes did: a disk's own node did the same.
+func (mon *monitor) queryBlockStats(_ context.Context, _ *qmp.Session, a blockStatsArguments) (all []blockStats, _ error) {
+	for _, d := range mon.m.Disks() {
+		node, path := nodeName(d.ID, 0), devicePath(d.ID)
+		s := blockStats{NodeName: &node, Stats: deviceStats(d.Device.Stats())}
+		if a.QueryNodes == nil || !*a.QueryNodes {
+			s.Device, s.Qdev = &d.ID, &path
+		}
+		all = append(all, s)
+	}
+	return all, nil
+}
+
+// deviceStats counts as QEMU does: requests to write zeroes are writes,
+// discards are unmaps.
+func deviceStats(s virtio.BlkStats) blockDeviceStats {
+	return blockDeviceStats{
+		ReadBytes: s.Read.Bytes, ReadOperations: s.Read.Ops, ReadTime: int64(s.Read.Time),
+		FailedReads: s.Read.Failed, InvalidReads: s.Read.Invalid,
+		WriteBytes:      s.Write.Bytes + s.WriteZeroes.Bytes,
+		WriteOperations: s.Write.Ops + s.WriteZeroes.Ops,
+		WriteTime:       int64(s.Write.Time + s.WriteZeroes.Time),
+		FailedWrites:    s.Write.Failed + s.WriteZeroes.Failed,
+		InvalidWrites:   s.Write.Invalid + s.WriteZeroes.Invalid,
+		FlushOperations: s.Flush.Ops, FlushTime: int64(s.Flush.Time),
+		FailedFlushes: s.Flush.Failed, InvalidFlushes: s.Flush.Invalid,
+		UnmapBytes: s.Discard.Bytes, UnmapOperations: s.Discard.Ops, UnmapTime: int64(s.Discard.Time),
+		FailedUnmaps: s.Discard.Failed, InvalidUnmaps: s.Discard.Invalid,
+		AccountInvalid: true, AccountFailed: true,
+	}
+}
