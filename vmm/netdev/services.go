@@ -7,9 +7,7 @@ import (
 	"net"
 	"time"
 
-	"github.com/containers/gvisor-tap-vsock/pkg/services/dhcp"
 	"github.com/containers/gvisor-tap-vsock/pkg/services/dns"
-	"github.com/containers/gvisor-tap-vsock/pkg/tap"
 	"github.com/containers/gvisor-tap-vsock/pkg/types"
 	"golang.org/x/net/netutil"
 	"golang.org/x/time/rate"
@@ -27,32 +25,6 @@ const (
 
 // hostName is the gateway's name for guests that would rather not know its address.
 const hostDomain, hostName = "gnomon.internal.", "host"
-
-// serveDHCP answers on the stack until that is closed. The guest with the given
-// MAC address, or the first to ask when that is nil, is offered UserGuest; others,
-// as there are behind a bridge in the guest, get the addresses behind it.
-func serveDHCP(s *stack.Stack, guest net.HardwareAddr) error {
-	subnet := net.IPNet{IP: UserSubnet.Addr().AsSlice(), Mask: net.CIDRMask(UserSubnet.Bits(), 32)}
-	pool := tap.NewIPPool(&subnet)
-	for ip := UserSubnet.Addr().Next(); ip != UserGuest; ip = ip.Next() {
-		pool.Reserve(ip.AsSlice(), "reserved "+ip.String())
-	}
-	if guest != nil {
-		pool.Reserve(UserGuest.AsSlice(), guest.String())
-	}
-	broadcast := net.IPv4(10, 0, 2, 255)
-	pool.Reserve(broadcast, "broadcast")
-	server, err := dhcp.New(&types.Configuration{
-		Subnet:    UserSubnet.String(),
-		GatewayIP: UserGateway.String(),
-		MTU:       userMTU,
-	}, s, pool)
-	if err != nil {
-		return err
-	}
-	go func() { _ = server.Serve() }() // ends with an error when the stack is closed
-	return nil
-}
 
 // serveDNS answers on the gateway's and the DNS server's addresses with what
 // the host's resolver says, until the stack is closed.
