@@ -8,7 +8,7 @@ PACKAGES := acpica-tools bc bison build-essential busybox-static cpio curl e2fsp
 	libelf-dev libssl-dev linux-libc-dev linux-source-6.1 lz4 qemu-system-x86 qemu-utils xz-utils zstd
 
 GO_PACKAGES := ./...
-# Each fuzz target runs this long in make test.
+# The main fuzz targets run this long in make test, in whole seconds.
 FUZZTIME ?= 30s
 # Packages whose tests boot real guests run one after the other: they would
 # take each other's processors.

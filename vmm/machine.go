@@ -203,7 +203,7 @@ func (m *Machine) load() error {
 		return err
 	}
 	cmdline := m.cfg.Cmdline
-	if m.assisted && m.cfg.Kernel.IsLinux() {
+	if m.assisted && m.cfg.Kernel.Linux() {
 		cmdline = assist.Cmdline(cmdline)
 		m.cfg.Log("this host interprets ring 0 (KVM without VT-x or AMD-V): kernel code will be slow; kernel command line: %s", cmdline)
 	}

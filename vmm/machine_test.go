@@ -389,3 +389,48 @@ func TestExitsDoNotAllocate(t *testing.T) {
 	r.serial.connect.Input([]byte("x\n"))
 	r.end(t, vmm.ExitPowerOff)
 }
+
+// Whatever a driver puts in its rings, the device is marked broken or refuses
+// the request, an event tells, and machine and device go on after a reset.
+func TestHostileDriver(t *testing.T) {
+	kinds := []string{ // what the probe guest calls them
+		"loop", "self", "next", "length", "readonly", "bare", "indirect", "head", "jump",
+		"range", "wrap", "device", "mmio", "beyond", "short",
+	}
+	const refused = "short" // a well-formed chain that is no request
+	var words strings.Builder
+	for _, kind := range kinds {
+		words.WriteString("blk evil=" + kind + "; ")
+	}
+	r := start(t, words.String(), func(c *vmm.Config) {
+		d, _ := disk(t, 1<<20)
+		c.Disks = []vmm.Disk{d}
+	})
+	results := r.end(t, vmm.ExitPowerOff)
+	for i, kind := range kinds {
+		line, err := results.Find("evil", i)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if line.Values["kind"] != kind || line.Values["read_after"] != "ok" {
+			t.Errorf("%s: %v", kind, line)
+		}
+		if broken := line.Values["needs_reset"] == "1"; broken != (kind != refused) {
+			t.Errorf("%s: needs_reset %v", kind, broken)
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	events := 0
+	for _, e := range r.events {
+		if e, ok := e.(vmm.DeviceBroken); ok {
+			events++
+			if e.Device != "disk0" || e.Err == nil {
+				t.Errorf("event %+v", e)
+			}
+		}
+	}
+	if events != len(kinds)-1 {
+		t.Errorf("%d events for %d ways to break the device", events, len(kinds)-1)
+	}
+}

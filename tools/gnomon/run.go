@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -138,6 +139,10 @@ func run(cmd *cobra.Command, f *runFlags) (err error) {
 		return err
 	}
 	undo = nil // the machine closes it all now
+	if cfg.Kernel.Linux() {
+		// Decompressing it left tens of MiB that nobody needs any more.
+		go debug.FreeOSMemory()
+	}
 	defer func() { err = errors.Join(err, m.Close()) }()
 
 	server, err := monitor.Listen(m, append([]string{"unix:" + info.QMP}, f.qmp...)...)

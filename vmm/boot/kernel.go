@@ -123,13 +123,6 @@ func (k *Kernel) String() string { return k.format }
 // Linux tells whether k is a Linux kernel: a bzImage, or ELF with Linux's notes.
 func (k *Kernel) Linux() bool { return k.notes.linux }
 
-// IsLinux tells whether Load enters the kernel by Linux's own boot protocol
-// unless told otherwise.
-func (k *Kernel) IsLinux() bool {
-	protocol, err := chooseProtocol(k.notes, Auto)
-	return err == nil && protocol == Linux64
-}
-
 // span is what the kernel occupies, from its first segment to its last.
 func (k *Kernel) span() guestmem.Range {
 	first, last := k.elf.segments[0], k.elf.segments[len(k.elf.segments)-1]
