@@ -37,20 +37,28 @@ type Options struct {
 func Open(path string, o Options) (block.Node, error) {
 	switch o.Format {
 	case FormatRaw:
-		return raw.Open(path, o.ReadOnly)
+		return node(raw.Open(path, o.ReadOnly))
 	case FormatQcow2:
-		return qcow2.Open(path, o.ReadOnly)
+		return node(qcow2.Open(path, o.ReadOnly))
 	case "":
 	default:
 		return nil, fmt.Errorf("%w: %q: raw and qcow2 are possible", ErrFormat, o.Format)
 	}
 	if strings.HasSuffix(path, ".qcow2") {
-		return qcow2.Open(path, o.ReadOnly)
+		return node(qcow2.Open(path, o.ReadOnly))
 	}
 	if looksLikeQcow2(path) {
 		return nil, fmt.Errorf("%w: %s starts with a qcow2 header: say format=qcow2, or format=raw if the guest wrote that itself", ErrFormat, path)
 	}
-	return raw.Open(path, o.ReadOnly)
+	return node(raw.Open(path, o.ReadOnly))
+}
+
+// node makes a failed open a nil Node, not an interface that holds a nil pointer.
+func node[N block.Node](n N, err error) (block.Node, error) {
+	if err != nil {
+		return nil, err
+	}
+	return n, nil
 }
 
 func looksLikeQcow2(path string) bool {

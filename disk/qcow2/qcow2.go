@@ -1,16 +1,204 @@
-// Package qcow2 reads QEMU's qcow2 images (docs/interop/qcow2.txt).
+// Package qcow2 reads QEMU's qcow2 images, versions 2 and 3 (QEMU's
+// docs/interop/qcow2.txt): plain, zero and compressed clusters, and backing
+// chains of qcow2 and raw images. They cannot be written yet.
 package qcow2
 
 import (
 	"errors"
+	"fmt"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
 
-// Magic is how an image starts.
-const Magic = "QFI\xfb"
+// Errors of opening and reading, wrapped with what they concern.
+var (
+	ErrHeader      = errors.New("bad qcow2 header")
+	ErrUnsupported = errors.New("qcow2 feature not supported")
+	ErrBacking     = errors.New("backing file")
+	ErrCorrupt     = errors.New("damaged qcow2 image")
+)
 
-// Open opens the image at path, which can only be read.
-func Open(path string, readOnly bool) (block.Node, error) {
-	return nil, errors.ErrUnsupported
+// sector is what virtual sizes are counted in, and streams of compressed clusters.
+const sector = 512
+
+// Node is an image with its backing chain.
+type Node struct {
+	image
+	path    string
+	size    int64      // virtual, a multiple of sector
+	backing block.Node // or nil
+}
+
+// image is an open qcow2 file: what turns offsets of the disk into places in
+// the file.
+type image struct {
+	file     block.Node
+	header   *Header
+	l1       []uint64 // entries of the active L1 table
+	id       int      // the image's own in the caches
+	tables   *cache
+	clusters *cache
+}
+
+var _ block.Node = (*Node)(nil)
+
+// Open opens the image at path and all images it lies on, and locks their
+// files against writers. It must be readOnly for now. Errors wrap one of this
+// package's or block.ErrInUse. An image that is marked as corrupt, or as not
+// having been closed, can be read; see Header.
+func Open(path string, readOnly bool) (*Node, error) {
+	if !readOnly {
+		return nil, fmt.Errorf("disk %s: %w: qcow2 images can only be opened with readonly=on for now; qemu-img convert -O raw makes a disk that can be written",
+			path, ErrUnsupported)
+	}
+	c := newChain()
+	file, err := c.open(path)
+	if err != nil {
+		return nil, err
+	}
+	return c.openImage(file, path)
+}
+
+// openImage opens the image in file, which it closes if it fails.
+func (c *chain) openImage(file block.Node, path string) (*Node, error) {
+	n := &Node{path: path, image: image{file: file, id: len(c.opened), tables: c.tables, clusters: c.clusters}}
+	if err := n.init(); err != nil {
+		file.Close()
+		return nil, fmt.Errorf("disk %s: %w", path, err)
+	}
+	backing, err := c.openBacking(path, n.header)
+	if err != nil {
+		file.Close()
+		return nil, err
+	}
+	n.backing = backing
+	return n, nil
+}
+
+func (n *Node) init() error {
+	start := make([]byte, min(n.file.Size(), sector))
+	if err := n.file.Readv([][]byte{start}, 0); err != nil {
+		return fmt.Errorf("read header: %w", err)
+	}
+	bits, err := clusterBits(start)
+	if err != nil {
+		return err
+	}
+	first := make([]byte, min(n.file.Size(), 1<<bits))
+	if err := n.file.Readv([][]byte{first}, 0); err != nil {
+		return fmt.Errorf("read header: %w", err)
+	}
+	if n.header, err = ParseHeader(first); err != nil {
+		return err
+	}
+	if err := n.header.supported(); err != nil {
+		return err
+	}
+	n.size = n.header.Size / sector * sector // as QEMU rounds
+	n.l1, err = readL1(n.file, n.header)
+	return err
+}
+
+// Header is the image's header; its Dirty and Corrupt are worth a warning.
+func (n *Node) Header() *Header { return n.header }
+
+// Readv implements block.Node.
+func (n *Node) Readv(bufs [][]byte, off int64) error {
+	length := total(bufs)
+	if off < 0 || off > n.size || length > n.size-off {
+		return fmt.Errorf("%w: %d bytes at %d of %d", block.ErrOutOfRange, length, off, n.size)
+	}
+	c := cursor{bufs: bufs}
+	for length > 0 {
+		e, err := n.lookup(off, length)
+		if err == nil {
+			err = n.readExtent(&c, e, off)
+		}
+		if err != nil {
+			return fmt.Errorf("disk %s: at %d: %w", n.path, off, err)
+		}
+		off, length = off+e.length, length-e.length
+	}
+	return nil
+}
+
+// readExtent fills the next e.length bytes of c, which are at off of the disk.
+func (n *Node) readExtent(c *cursor, e extent, off int64) error {
+	switch e.kind {
+	case data:
+		return readFrom(n.file, c, e.host, e.length)
+	case unallocated:
+		if n.backing == nil {
+			break
+		}
+		return readFrom(n.backing, c, off, e.length)
+	case compressed:
+		cluster, err := n.cluster(e)
+		if err != nil {
+			return err
+		}
+		c.copy(cluster[e.within : e.within+e.length])
+		return nil
+	}
+	c.zero(e.length)
+	return nil
+}
+
+// readFrom fills the next length bytes of c from off of node on; what lies
+// behind node's end is zero.
+func readFrom(node block.Node, c *cursor, off, length int64) error {
+	there := max(0, min(length, node.Size()-off))
+	if there > 0 {
+		v := c.take(there)
+		err := node.Readv(v.bufs, off)
+		v.release()
+		if err != nil {
+			return err
+		}
+	}
+	c.zero(length - there)
+	return nil
+}
+
+// Writev implements block.Node.
+func (n *Node) Writev([][]byte, int64) error { return block.ErrReadOnly }
+
+// Flush implements block.Node.
+func (n *Node) Flush() error { return nil }
+
+// Discard implements block.Node.
+func (n *Node) Discard(int64, int64) error { return block.ErrReadOnly }
+
+// WriteZeroes implements block.Node.
+func (n *Node) WriteZeroes(int64, int64, bool) error { return block.ErrReadOnly }
+
+// Size implements block.Node.
+func (n *Node) Size() int64 { return n.size }
+
+// ReadOnly implements block.Node.
+func (n *Node) ReadOnly() bool { return true }
+
+// Info implements block.Node.
+func (n *Node) Info() block.Info {
+	info := block.Info{
+		Format:      "qcow2",
+		Filename:    n.path,
+		VirtualSize: n.size,
+		ActualSize:  n.file.Info().ActualSize,
+		ClusterSize: n.header.ClusterSize(),
+	}
+	if n.backing != nil {
+		backing := n.backing.Info()
+		info.Backing = &backing
+	}
+	return info
+}
+
+// Close implements block.Node; it closes the whole chain.
+func (n *Node) Close() error {
+	err := n.file.Close()
+	if n.backing != nil {
+		err = errors.Join(err, n.backing.Close())
+	}
+	return err
 }

@@ -1,0 +1,119 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/disk/raw"
+)
+
+// maxChain is how many images may lie one on another.
+const maxChain = 64
+
+// Bytes that all images of a chain together keep in memory, apart from their
+// L1 tables.
+const (
+	tableCacheBytes   = 8 << 20 // L2 tables: those of 64 GiB at 64 KiB a cluster
+	clusterCacheBytes = 8 << 20 // decompressed clusters
+)
+
+// chain is what the images of one backing chain have in common.
+type chain struct {
+	tables   *cache // slices of L2 tables, by their offset in the file
+	clusters *cache // decompressed clusters, by the offset of their stream
+	opened   []fs.FileInfo
+	openFile func(path string) (block.Node, fs.FileInfo, error)
+}
+
+func newChain() *chain {
+	return &chain{tables: newCache(tableCacheBytes), clusters: newCache(clusterCacheBytes), openFile: openFile}
+}
+
+// openFile opens an image's file to be read, and locks it.
+func openFile(path string) (block.Node, fs.FileInfo, error) {
+	file, err := raw.Open(path, true)
+	if err != nil {
+		return nil, nil, err
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		file.Close()
+		return nil, nil, err
+	}
+	return file, info, nil
+}
+
+// open opens the file at path as the next image of the chain, and refuses one
+// that it already has.
+func (c *chain) open(path string) (block.Node, error) {
+	if len(c.opened) == maxChain {
+		return nil, fmt.Errorf("%w: more than %d images lie one on another", ErrBacking, maxChain)
+	}
+	file, info, err := c.openFile(path)
+	if err != nil {
+		return nil, err
+	}
+	for _, other := range c.opened {
+		if os.SameFile(info, other) {
+			file.Close()
+			return nil, fmt.Errorf("%w: %s is its own backing file: the chain is a loop", ErrBacking, path)
+		}
+	}
+	c.opened = append(c.opened, info)
+	return file, nil
+}
+
+// openBacking opens the backing file that the header of the image at path
+// names; it returns nil where there is none.
+func (c *chain) openBacking(path string, h *Header) (block.Node, error) {
+	if h.BackingFile == "" {
+		return nil, nil
+	}
+	name, err := backingPath(path, h.BackingFile)
+	if err != nil {
+		return nil, err
+	}
+	switch h.BackingFormat {
+	case "raw", "qcow2":
+	case "":
+		// To look at its content would let who wrote the disk choose which
+		// files the host opens.
+		return nil, fmt.Errorf("%w: %s does not say which format %s has: say it with qemu-img rebase -u -F raw|qcow2 -b %s %s",
+			ErrBacking, path, h.BackingFile, h.BackingFile, path)
+	default:
+		return nil, fmt.Errorf("%w: %s has the format %q: raw and qcow2 can be read", ErrBacking, name, h.BackingFormat)
+	}
+	file, err := c.open(name)
+	switch {
+	case errors.Is(err, ErrBacking):
+		return nil, err
+	case err != nil:
+		return nil, fmt.Errorf("%w of %s: %w", ErrBacking, path, err)
+	case h.BackingFormat == "raw":
+		return file, nil
+	}
+	return c.openImage(file, name) // says which image is at fault itself
+}
+
+// backingPath finds the backing file: what is not absolute is relative to the
+// directory of the image that names it.
+func backingPath(image, name string) (string, error) {
+	if strings.HasPrefix(name, "json:") {
+		return "", fmt.Errorf("%w: %s names its backing file as %q: only the path of a file can be followed (qemu-img rebase -u sets it)", ErrBacking, image, name)
+	}
+	if before, _, ok := strings.Cut(name, ":"); ok && !strings.Contains(before, "/") {
+		return "", fmt.Errorf("%w: %s names %q, by the protocol %q: only the path of a file can be followed (qemu-img rebase -u sets it; ./ before a name that has a colon)",
+			ErrBacking, image, name, before)
+	}
+	if filepath.IsAbs(name) {
+		return name, nil
+	}
+	// Not cleaned: a ".." behind a symbolic link is the kernel's to resolve.
+	dir := image[:strings.LastIndexByte(image, '/')+1]
+	return dir + name, nil
+}

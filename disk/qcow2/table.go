@@ -1,0 +1,70 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/gnomon-vmm/gnomon/disk/block"
+)
+
+// Entries of L1 and L2 tables (specification, "Cluster mapping").
+const (
+	entrySize       = 8
+	offsetMask      = 0x00ff_ffff_ffff_fe00
+	entryZero       = 1 << 0 // L2: reads as zero, whatever its offset says
+	entryCompressed = 1 << 62
+)
+
+// sliceBytes is how much of an L2 table is read and kept at a time; tables of
+// smaller clusters are kept whole.
+const sliceBytes = 4096
+
+// readL1 reads what the virtual size needs of the active L1 table.
+func readL1(file block.Node, h *Header) ([]uint64, error) {
+	n := h.l1Needed() * entrySize
+	if h.L1Offset > file.Size() || n > file.Size()-h.L1Offset {
+		return nil, fmt.Errorf("%w: L1 table of %d bytes at %#x ends behind the file's %d bytes; is the file cut off?", ErrCorrupt, n, h.L1Offset, file.Size())
+	}
+	raw := make([]byte, n)
+	if err := file.Readv([][]byte{raw}, h.L1Offset); err != nil {
+		return nil, fmt.Errorf("read L1 table at %#x: %w", h.L1Offset, err)
+	}
+	l1 := make([]uint64, h.l1Needed())
+	for i := range l1 {
+		l1[i] = binary.BigEndian.Uint64(raw[i*entrySize:])
+	}
+	return l1, nil
+}
+
+// l2Slice returns the L2 entries from that of the given cluster to the end of
+// the slice it lies in, or nil where no L2 table is allocated; then count is
+// the number of clusters for which that holds, as it is the number of entries
+// otherwise.
+func (im *image) l2Slice(cluster int64) (entries []byte, count int64, err error) {
+	perTable := im.header.l2Entries()
+	index := cluster % perTable
+	l1Index := cluster / perTable
+	table := int64(im.l1[l1Index] & offsetMask)
+	if table == 0 {
+		return nil, perTable - index, nil
+	}
+	if table%im.header.ClusterSize() != 0 {
+		return nil, 0, fmt.Errorf("%w: L2 table at %#x (L1 entry %d) does not start at a cluster", ErrCorrupt, table, l1Index)
+	}
+	size := min(im.header.ClusterSize(), sliceBytes)
+	inTable := index * entrySize
+	at := table + inTable/size*size
+	slice := im.tables.get(key{im.id, at})
+	if slice == nil {
+		if at > im.file.Size()-size {
+			return nil, 0, fmt.Errorf("%w: L2 table at %#x (L1 entry %d) ends behind the file's %d bytes; is the file cut off?", ErrCorrupt, table, l1Index, im.file.Size())
+		}
+		slice = make([]byte, size)
+		if err := im.file.Readv([][]byte{slice}, at); err != nil {
+			return nil, 0, fmt.Errorf("read L2 table at %#x: %w", table, err)
+		}
+		im.tables.put(key{im.id, at}, slice)
+	}
+	entries = slice[inTable%size:]
+	return entries, int64(len(entries)) / entrySize, nil
+}
