@@ -59,7 +59,7 @@ func cpuidFor(supported []kvm.CPUIDEntry, id, cpus, tscKHz int) []kvm.CPUIDEntry
 	}
 	// Level 0: threads of a core; level 1: cores of the package.
 	table = append(table,
-		kvm.CPUIDEntry{Function: leafTopology, Index: 0, Flags: kvm.CPUIDSignificantIndex, EBX: 1, ECX: 1<<8 | 0, EDX: uint32(id)},
+		kvm.CPUIDEntry{Function: leafTopology, Index: 0, Flags: kvm.CPUIDSignificantIndex, EBX: 1, ECX: 1 << 8, EDX: uint32(id)},
 		kvm.CPUIDEntry{Function: leafTopology, Index: 1, Flags: kvm.CPUIDSignificantIndex, EAX: coreBits, EBX: uint32(cpus), ECX: 2<<8 | 1, EDX: uint32(id)},
 		kvm.CPUIDEntry{Function: leafTopology, Index: 2, Flags: kvm.CPUIDSignificantIndex, ECX: 2, EDX: uint32(id)},
 	)
