@@ -1,0 +1,72 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+)
+
+// figures are what one run of a contender measured, by metric.
+type figures map[string]float64
+
+// A contender is one of the VMMs in one of its set-ups.
+type contender struct {
+	name string
+	run  func(ctx context.Context) (figures, error)
+}
+
+// An experiment measures its promises on ours, the first contender, and the
+// peers, the others.
+type experiment struct {
+	name       string
+	contenders []contender
+	promises   []promise
+}
+
+// choose leaves the promises whose text matches; none left: no experiment.
+func (e experiment) choose(only *regexp.Regexp) experiment {
+	var chosen []promise
+	for _, p := range e.promises {
+		if only == nil || only.MatchString(p.text) {
+			chosen = append(chosen, p)
+		}
+	}
+	e.promises = chosen
+	return e
+}
+
+// measure runs the contenders in turn, so many times each, and judges. What
+// disturbs the host thus falls on all of them.
+func (e experiment) measure(ctx context.Context, runs int, p progress) ([]row, error) {
+	got := make([]map[string][]float64, len(e.contenders))
+	for i := range got {
+		got[i] = map[string][]float64{}
+	}
+	for n := range runs {
+		for i, c := range e.contenders {
+			p.step("%s: run %d of %d: %s", e.name, n+1, runs, c.name)
+			f, err := c.run(ctx)
+			if err != nil {
+				p.done()
+				return nil, fmt.Errorf("%s: %s: %w", e.name, c.name, err)
+			}
+			for metric, x := range f {
+				got[i][metric] = append(got[i][metric], x)
+			}
+		}
+	}
+	p.done()
+	var rows []row
+	for _, wanted := range e.promises {
+		sides := make([]side, len(e.contenders))
+		for i, c := range e.contenders {
+			sides[i] = side{c.name, got[i][wanted.metric]}
+		}
+		r, err := judge(wanted, sides[0], sides[1:])
+		if err != nil {
+			return rows, err
+		}
+		rows = append(rows, r)
+	}
+	return rows, nil
+}

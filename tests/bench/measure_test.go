@@ -1,0 +1,105 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestContendersTakeTurns(t *testing.T) {
+	var order strings.Builder
+	turn := func(name string, x float64) contender {
+		return contender{name, func(context.Context) (figures, error) {
+			order.WriteString(name)
+			return figures{"a": x, "b": 2 * x}, nil
+		}}
+	}
+	e := experiment{
+		name:       "test",
+		contenders: []contender{turn("A", 3), turn("B", 4), turn("C", 6)},
+		promises: []promise{
+			{metric: "a", text: "first", higher: true, bound: bound{"ratio", ">=", 1}},
+			{metric: "b", text: "second", bound: bound{"ratio", "<", 1}},
+		},
+	}
+	rows, err := e.measure(t.Context(), 3, progress{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if order.String() != "ABCABCABC" {
+		t.Errorf("order %s", order.String())
+	}
+	want := []row{
+		{Promise: "first", Ours: 3, Peer: 6, PeerName: "C", Ratio: 0.5, Bound: "ratio >= 1"},
+		{Promise: "second", Ours: 6, Peer: 8, PeerName: "B", Ratio: 0.75, Bound: "ratio < 1", OK: true},
+	}
+	if d := cmp.Diff(want, rows); d != "" {
+		t.Error(d)
+	}
+	if c := e.choose(regexp.MustCompile("^sec")); len(c.promises) != 1 || c.promises[0].metric != "b" {
+		t.Errorf("chosen: %v", c.promises)
+	}
+	broken := errors.New("broken")
+	e.contenders[1].run = func(context.Context) (figures, error) { return nil, broken }
+	if _, err := e.measure(t.Context(), 1, progress{}); !errors.Is(err, broken) || !strings.Contains(err.Error(), "B") {
+		t.Errorf("a broken peer: %v", err)
+	}
+}
+
+func TestFirstRecordOfTheProcess(t *testing.T) {
+	const text = `# tracer: nop
+#           TASK-PID     CPU#  |||||  TIMESTAMP  FUNCTION
+          gnomon-18245   [000] .....  4293.465830: sys_ioctl(fd: 5, cmd: ae80, arg: 0)
+     CPU 0/KVM-3518    [001] .....  4293.716810: sys_ioctl(fd: a, cmd: ae80, arg: 0)
+     CPU 0/KVM-3518    [001] .....  4293.816810: sys_ioctl(fd: a, cmd: ae80, arg: 0)
+`
+	at, err := firstOf(text, func(tid int) bool { return tid == 3518 })
+	if want := 4293*time.Second + 716810*time.Microsecond; err != nil || at != want {
+		t.Errorf("%v, %v; want %v", at, err, want)
+	}
+	if _, err := firstOf(text, func(tid int) bool { return tid == 1 }); err == nil {
+		t.Error("a process without records has a first one")
+	}
+}
+
+func TestMapsWithoutRAM(t *testing.T) {
+	const text = `00400000-00989000 r-xp 00000000 fe:00 66060531                           /usr/bin/gnomon
+Size:               5668 kB
+Rss:                1000 kB
+Pss:                 500 kB
+Private_Clean:       100 kB
+Private_Dirty:        10 kB
+VmFlags: rd ex mr mw me sd
+7f0000000000-7f0008000000 rw-s 00000000 00:01 1038                       /memfd:gnomon-ram (deleted)
+Size:             131072 kB
+Rss:               90000 kB
+Pss:               90000 kB
+Private_Dirty:     90000 kB
+c000000000-c000400000 rw-p 00000000 00:00 0                              [anon: Go: heap]
+Rss:                  24 kB
+Pss:                  24 kB
+Private_Dirty:        24 kB
+7ffd1b5a1000-7ffd1b5c2000 rw-p 00000000 00:00 0
+Rss:                   4 kB
+Pss:                   4 kB
+`
+	got, err := readMaps(strings.NewReader(text), "/memfd:gnomon-ram")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]int64{"rss": 1028 << 10, "pss": 528 << 10, "private": 134 << 10}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+	if _, err := readMaps(strings.NewReader(text), "/memfd:other"); err == nil {
+		t.Error("guest RAM that is not there is left out")
+	}
+	if _, err := readMaps(strings.NewReader(strings.ReplaceAll(text, "1000 kB", "1000 MB")), "/memfd:gnomon-ram"); err == nil {
+		t.Error("MB are taken for kB")
+	}
+}
