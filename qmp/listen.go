@@ -11,13 +11,12 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/internal/unixsock"
 )
 
 // socketMode is the mode of unix sockets: whoever may connect may do anything to the machine.
 const socketMode = 0o600
-
-// probeTimeout is how long Listen waits to find out whether a socket file has a living owner.
-const probeTimeout = time.Second
 
 // listener is a listening socket and, when it has one, the file it is found by.
 type listener struct {
@@ -99,8 +98,8 @@ func ParseAddress(addr string) (network, address string, err error) {
 }
 
 func listenUnix(path string) (*listener, error) {
-	if err := removeStale(path); err != nil {
-		return nil, err
+	if err := unixsock.Clear(path); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrListen, err)
 	}
 	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		// Linux gives the file the mode that the socket has when it is bound, so it never has another.
@@ -117,33 +116,6 @@ func listenUnix(path string) (*listener, error) {
 		return nil, errors.Join(fmt.Errorf("%w: %w", ErrListen, err), l.Close())
 	}
 	return &listener{Listener: l, path: path, file: info}, nil
-}
-
-// removeStale removes the socket file at path if nobody listens on it, and refuses if somebody does.
-func removeStale(path string) error {
-	info, err := os.Lstat(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrListen, err)
-	}
-	if info.Mode().Type() != os.ModeSocket {
-		return fmt.Errorf("%w: %s exists and is not a socket; remove it or choose another path", ErrListen, path)
-	}
-	c, err := net.DialTimeout("unix", path, probeTimeout)
-	switch {
-	case errors.Is(err, syscall.ECONNREFUSED): // nobody is there
-	case err == nil:
-		c.Close()
-		return fmt.Errorf("%w: %s is in use by a running process; stop it or choose another path", ErrListen, path)
-	default:
-		return fmt.Errorf("%w: %s may be in use: %w", ErrListen, path, err)
-	}
-	if err := os.Remove(path); err != nil {
-		return fmt.Errorf("%w: %w", ErrListen, err)
-	}
-	return nil
 }
 
 func listenTCP(address string, anyHost bool) (*listener, error) {

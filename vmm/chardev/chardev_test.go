@@ -92,11 +92,11 @@ func TestOpenRefuses(t *testing.T) {
 		"unix:" + dir + "/s,server=off":         "only server=on",
 		"unix:" + dir + "/s,wait=on":            "only wait=off",
 		"unix:" + dir + "/s,telnet":             `unknown option "telnet"`,
-		"unix:" + strings.Repeat("x", 108):      "108 bytes long",
+		"unix:" + strings.Repeat("x", 108):      "has 108 bytes",
 		"unix:" + dir + "/no/such":              "no such file or directory",
 		"unix:" + regular:                       "not a socket",
-		"unix:" + taken:                         "another process listens on this socket",
-		"unix:" + taken + ",server=on,wait=off": "another process listens on this socket",
+		"unix:" + taken:                         "another process listens there",
+		"unix:" + taken + ",server=on,wait=off": "another process listens there",
 	} {
 		b, err := Open(spec, Options{})
 		if !errors.Is(err, ErrOpen) || !strings.Contains(err.Error(), say) || strings.Contains(err.Error(), "\n") {

@@ -9,10 +9,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// maxSocketPath is what sockaddr_un holds, with its final zero.
-const maxSocketPath = 107
+	"github.com/gnomon-vmm/gnomon/internal/unixsock"
+)
 
 // acceptRetry is how long the server waits when the process is out of
 // descriptors, instead of spinning.
@@ -42,13 +41,11 @@ func openUnix(path string, options map[string]string, o Options) (Backend, error
 		return nil, errors.New("only wait=off is supported: the machine does not wait for a client")
 	case path == "":
 		return nil, errors.New("the path is missing: unix:PATH")
-	case len(path) > maxSocketPath:
-		return nil, fmt.Errorf("the path is %d bytes long, a socket's is at most %d: choose a shorter one", len(path), maxSocketPath)
 	}
 	if err := unknown(options); err != nil {
 		return nil, err
 	}
-	if err := removeStale(path); err != nil {
+	if err := unixsock.Clear(path); err != nil {
 		return nil, err
 	}
 	s := &unixServer{label: o.Label, path: path}
@@ -65,35 +62,6 @@ func openUnix(path string, options map[string]string, o Options) (Backend, error
 	s.server.Add(1)
 	go s.serve()
 	return s, nil
-}
-
-// removeStale removes a socket file that nobody listens on any more.
-func removeStale(path string) error {
-	info, err := os.Lstat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil
-	case err != nil:
-		return err
-	case info.Mode().Type() != fs.ModeSocket:
-		return errors.New("there is a file of this name that is not a socket: remove it or choose another path")
-	}
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		return fmt.Errorf("create socket: %w", err)
-	}
-	defer unix.Close(fd)
-	switch err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); {
-	case errors.Is(err, unix.ECONNREFUSED):
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("replace stale socket: %w", err)
-		}
-		return nil
-	case err == nil || errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EPROTOTYPE):
-		return errors.New("another process listens on this socket: end that process or choose another path")
-	default:
-		return fmt.Errorf("see who has the socket: %w", err)
-	}
 }
 
 func (s *unixServer) listen() error {

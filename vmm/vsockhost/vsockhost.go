@@ -8,7 +8,6 @@ package vsockhost
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"strconv"
@@ -19,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gnomon-vmm/gnomon/vmm/nbio"
+	"github.com/gnomon-vmm/gnomon/internal/unixsock"
 	"github.com/gnomon-vmm/gnomon/vmm/virtio"
 )
 
@@ -27,7 +27,7 @@ var ErrListen = errors.New("listen for vsock connections")
 
 const (
 	// maxPath leaves room for _PORT in a socket address.
-	maxPath = 107 - len("_4294967295")
+	maxPath = unixsock.MaxPath - len("_4294967295")
 	// maxGreeters is how many clients may be about to say what they want.
 	maxGreeters = 64
 	// greetTimeout is how long a client has to say it.
@@ -60,7 +60,7 @@ func Listen(path string) (*Host, error) {
 	if path == "" || len(path) > maxPath {
 		return nil, fmt.Errorf("%w: path %q: 1 to %d bytes are possible", ErrListen, path, maxPath)
 	}
-	if err := removeStale(path); err != nil {
+	if err := unixsock.Clear(path); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrListen, err)
 	}
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
@@ -71,28 +71,6 @@ func Listen(path string) (*Host, error) {
 		return nil, errors.Join(fmt.Errorf("%w: %w", ErrListen, err), listener.Close())
 	}
 	return &Host{path: path, listener: listener, greeting: map[*net.UnixConn]struct{}{}}, nil
-}
-
-func removeStale(path string) error {
-	info, err := os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if info.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("%s exists and is not a socket: choose another path", path)
-	}
-	conn, err := net.Dial("unix", path)
-	if err == nil {
-		conn.Close()
-		return fmt.Errorf("%s is in use by another program: choose another path, or stop that", path)
-	}
-	if !errors.Is(err, unix.ECONNREFUSED) {
-		return fmt.Errorf("%s is in use: %w", path, err)
-	}
-	return os.Remove(path)
 }
 
 // Path is where the host listens.
