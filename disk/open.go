@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"syscall"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
@@ -62,7 +63,7 @@ func node[N block.Node](n N, err error) (block.Node, error) {
 }
 
 func looksLikeQcow2(path string) bool {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // not to wait for a FIFO's other end
 	if err != nil {
 		return false // raw.Open tells
 	}

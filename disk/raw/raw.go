@@ -29,7 +29,7 @@ type Node struct {
 	fd       int
 	size     int64 // virtual: a multiple of sector
 	readOnly bool
-	device   bool // a host block device
+	granule  int64 // bytes that space is given back by: a device's logical block, 1 for files
 	closing  sync.Once
 }
 
@@ -42,11 +42,12 @@ func Open(path string, readOnly bool) (*Node, error) {
 	if readOnly {
 		flags = os.O_RDONLY
 	}
-	f, err := os.OpenFile(path, flags, 0)
+	// Not to wait for the other end of a FIFO, which init refuses.
+	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, explain(path, readOnly, err)
 	}
-	n := &Node{file: f, fd: int(f.Fd()), readOnly: readOnly}
+	n := &Node{file: f, fd: int(f.Fd()), readOnly: readOnly, granule: 1}
 	if err := n.init(); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("disk %s: %w", path, err)
@@ -73,10 +74,14 @@ func (n *Node) init() error {
 	switch mode := info.Mode(); {
 	case mode.IsRegular():
 	case mode&fs.ModeDevice != 0 && mode&fs.ModeCharDevice == 0:
-		n.device = true
-		if size, err = n.file.Seek(0, 2); err != nil {
+		if size, err = n.file.Seek(0, io.SeekEnd); err != nil {
 			return err
 		}
+		block, err := unix.IoctlGetInt(n.fd, unix.BLKSSZGET)
+		if err != nil {
+			return fmt.Errorf("ask for the device's block size: %w", err)
+		}
+		n.granule = int64(block)
 	default:
 		return errors.New("is neither a regular file nor a block device")
 	}
@@ -105,16 +110,9 @@ func (n *Node) Readv(bufs [][]byte, off int64) error {
 	if err := n.check(off, total(bufs)); err != nil {
 		return err
 	}
-	return transfer(bufs, off, func(v [][]byte, off int64) (int, error) {
-		got, err := unix.Preadv(n.fd, v, off)
-		if err == nil && got == 0 { // the file's end, within the last sector
-			for _, b := range v {
-				clear(b)
-				got += len(b)
-			}
-		}
-		return got, err
-	})
+	rest, err := transfer(preadv, n.fd, bufs, off)
+	rest.clear() // behind the file's end, within the last sector
+	return err
 }
 
 // Writev implements block.Node.
@@ -125,40 +123,52 @@ func (n *Node) Writev(bufs [][]byte, off int64) error {
 	if err := n.check(off, total(bufs)); err != nil {
 		return err
 	}
-	return transfer(bufs, off, func(v [][]byte, off int64) (int, error) { return unix.Pwritev(n.fd, v, off) })
+	rest, err := transfer(pwritev, n.fd, bufs, off)
+	if err == nil && len(rest.bufs) > 0 {
+		return io.ErrShortWrite
+	}
+	return err
 }
 
-// transfer moves all of bufs, however little one system call moves. It leaves
-// bufs as it was.
-func transfer(bufs [][]byte, off int64, move func(v [][]byte, off int64) (int, error)) error {
-	var skip int // bytes of bufs[0] that are done
-	for len(bufs) > 0 {
-		var got int
-		var err error
-		if skip > 0 {
-			one := [1][]byte{bufs[0][skip:]}
-			got, err = move(one[:], off)
-		} else {
-			got, err = move(bufs[:min(len(bufs), maxVectors)], off)
+// remainder is what a transfer did not move: bufs without its first skip bytes,
+// which lie in bufs[0].
+type remainder struct {
+	bufs [][]byte
+	skip int
+}
+
+func (r remainder) clear() {
+	skip := r.skip
+	for _, b := range r.bufs {
+		clear(b[skip:])
+		skip = 0
+	}
+}
+
+// transfer moves bufs by as many system calls as it takes, until one moves
+// nothing. It leaves bufs as it was.
+func transfer(move func(fd int, bufs [][]byte, skip int, off int64) (int, error), fd int, bufs [][]byte, off int64) (remainder, error) {
+	r := remainder{bufs: bufs}
+	for {
+		for len(r.bufs) > 0 && r.skip >= len(r.bufs[0]) {
+			r.skip -= len(r.bufs[0])
+			r.bufs = r.bufs[1:]
 		}
-		if err == syscall.EINTR {
+		if len(r.bufs) == 0 {
+			return remainder{}, nil
+		}
+		got, err := move(fd, r.bufs, r.skip, off)
+		switch {
+		case err == syscall.EINTR:
 			continue
-		}
-		if err != nil {
-			return err
-		}
-		if got == 0 && total(bufs) > int64(skip) {
-			return io.ErrShortWrite
+		case err != nil:
+			return remainder{}, err
+		case got == 0:
+			return r, nil
 		}
 		off += int64(got)
-		got += skip
-		for len(bufs) > 0 && got >= len(bufs[0]) {
-			got -= len(bufs[0])
-			bufs = bufs[1:]
-		}
-		skip = got
+		r.skip += got
 	}
-	return nil
 }
 
 // Flush implements block.Node.
@@ -172,10 +182,14 @@ func (n *Node) Flush() error {
 // Discard implements block.Node: the space goes back to the host's file system
 // where that can be done.
 func (n *Node) Discard(off, length int64) error {
-	if err := n.checkWrite(off, length); err != nil || length == 0 {
+	if err := n.checkWrite(off, length); err != nil {
 		return err
 	}
-	err := n.fallocate(unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
+	first, end := n.granules(off, length)
+	if first >= end {
+		return nil
+	}
+	err := n.fallocate(unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, first, end-first)
 	if unsupported(err) {
 		return nil // a hint that this host cannot take
 	}
@@ -184,16 +198,35 @@ func (n *Node) Discard(off, length int64) error {
 
 // WriteZeroes implements block.Node.
 func (n *Node) WriteZeroes(off, length int64, unmap bool) error {
-	if err := n.checkWrite(off, length); err != nil || length == 0 {
+	if err := n.checkWrite(off, length); err != nil {
 		return err
+	}
+	first, end := n.granules(off, length)
+	if first >= end {
+		return n.zero(off, length)
 	}
 	mode := uint32(unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE)
 	if unmap {
 		mode = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
 	}
-	if err := n.fallocate(mode, off, length); !unsupported(err) {
+	err := n.fallocate(mode, first, end-first)
+	if unsupported(err) {
+		return n.zero(off, length)
+	}
+	if err != nil {
 		return err
 	}
+	return errors.Join(n.zero(off, first-off), n.zero(end, off+length-end))
+}
+
+// granules returns the first and the end of the whole granules among length
+// bytes from off on.
+func (n *Node) granules(off, length int64) (first, end int64) {
+	return (off + n.granule - 1) / n.granule * n.granule, (off + length) / n.granule * n.granule
+}
+
+// zero writes length zeroes.
+func (n *Node) zero(off, length int64) error {
 	zeroes := make([]byte, min(length, 1<<20))
 	for length > 0 {
 		chunk := zeroes[:min(length, int64(len(zeroes)))]
