@@ -21,11 +21,14 @@ func applyConfig(flags *pflag.FlagSet, path string) error {
 	d := json.NewDecoder(bytes.NewReader(raw))
 	d.UseNumber()
 	var values map[string]any
+	bad := func(format string, args ...any) error {
+		return usageError(fmt.Errorf("configuration %s: %w", path, fmt.Errorf(format, args...)))
+	}
 	if err := d.Decode(&values); err != nil {
-		return fmt.Errorf("configuration %s: %w: write an object whose keys are flags of gnomon run, such as {\"kernel\": \"bzImage\", \"cpus\": 2}", path, err)
+		return bad("%w: write an object whose keys are flags of gnomon run, such as {\"kernel\": \"bzImage\", \"cpus\": 2}", err)
 	}
 	if d.More() {
-		return fmt.Errorf("configuration %s: something follows the object", path)
+		return bad("something follows the object")
 	}
 	keys := make([]string, 0, len(values))
 	for key := range values {
@@ -35,7 +38,7 @@ func applyConfig(flags *pflag.FlagSet, path string) error {
 	for _, key := range keys {
 		flag := flags.Lookup(key)
 		if flag == nil || key == "config" || key == "help" {
-			return fmt.Errorf("configuration %s: %q is not a flag of gnomon run", path, key)
+			return bad("%q is not a flag of gnomon run", key)
 		}
 		if flag.Changed {
 			continue
@@ -44,16 +47,16 @@ func applyConfig(flags *pflag.FlagSet, path string) error {
 		if !ok {
 			list = []any{values[key]}
 		} else if _, repeats := flag.Value.(pflag.SliceValue); !repeats {
-			return fmt.Errorf("configuration %s: %s takes one value, not a list", path, key)
+			return bad("%s takes one value, not a list", key)
 		}
 		for _, v := range list {
 			switch v.(type) {
 			case string, bool, json.Number:
 			default:
-				return fmt.Errorf("configuration %s: %s: a string, a number or true/false is needed", path, key)
+				return bad("%s: a string, a number or true/false is needed", key)
 			}
 			if err := flags.Set(key, fmt.Sprint(v)); err != nil {
-				return fmt.Errorf("configuration %s: %w", path, err)
+				return bad("%w", err)
 			}
 		}
 	}

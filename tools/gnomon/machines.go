@@ -51,17 +51,22 @@ func machinesDir() string {
 	return filepath.Join(os.TempDir(), "gnomon-"+strconv.Itoa(os.Geteuid()))
 }
 
+func checkMachineName(name string) error {
+	if !machineName.MatchString(name) {
+		return fmt.Errorf("machine name %q: use up to 64 letters, digits, dots, dashes and underscores, a letter or digit first", name)
+	}
+	return nil
+}
+
 // registration is this process's entry among the running machines.
 type registration struct {
 	dir  string
 	lock *os.File
 }
 
-// register claims a name. The socket's path is info.QMP.
+// register claims a name that checkMachineName found good, and sets info.QMP,
+// the path of the socket.
 func register(info *machineInfo) (*registration, error) {
-	if !machineName.MatchString(info.Name) {
-		return nil, fmt.Errorf("machine name %q: use up to 64 letters, digits, dots, dashes and underscores", info.Name)
-	}
 	parent := machinesDir()
 	if err := os.MkdirAll(parent, 0o700); err != nil {
 		return nil, fmt.Errorf("make the runtime directory: %w; set GNOMON_RUNTIME_DIR to one you may write", err)
@@ -73,13 +78,13 @@ func register(info *machineInfo) (*registration, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("register machine: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(dir, machineFile), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, machineFile), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("register machine: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := lockMachine(f); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("a machine named %s is running: choose another --name, or end that one (gnomon qmp %s quit)", info.Name, info.Name)
+		return nil, fmt.Errorf("name %s: %w: choose another --name, or end that machine (gnomon qmp %s quit)", info.Name, err, info.Name)
 	}
 	r := &registration{dir: dir, lock: f}
 	info.QMP = filepath.Join(dir, machineSocket)
@@ -92,6 +97,21 @@ func register(info *machineInfo) (*registration, error) {
 		return nil, fmt.Errorf("register machine: %w", err)
 	}
 	return r, nil
+}
+
+// lockMachine takes the lock of a machine's file. A machine that ends removes
+// the file before it lets go of the lock, so one that is locked and still there
+// is ours.
+func lockMachine(f *os.File) error {
+	lock := unix.Flock_t{Type: unix.F_WRLCK}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lock); err != nil {
+		return errors.New("a machine of that name is running")
+	}
+	var ours, there unix.Stat_t
+	if unix.Fstat(int(f.Fd()), &ours) != nil || unix.Stat(f.Name(), &there) != nil || ours.Dev != there.Dev || ours.Ino != there.Ino {
+		return errors.New("a machine of that name is just ending")
+	}
+	return nil
 }
 
 // ownDirectory refuses a runtime directory that somebody else prepared.
@@ -136,7 +156,9 @@ func readMachine(dir string) (info machineInfo, ok bool) {
 		return info, false
 	}
 	defer f.Close()
-	if unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil {
+	// To ask is not to lock: nobody who registers is held up by who looks.
+	lock := unix.Flock_t{Type: unix.F_RDLCK}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lock); err != nil || lock.Type == unix.F_UNLCK {
 		return info, false // nobody holds it
 	}
 	return info, json.NewDecoder(f).Decode(&info) == nil
@@ -144,11 +166,15 @@ func readMachine(dir string) (info machineInfo, ok bool) {
 
 // qmpAddress turns what a user calls a machine, its name or its QMP socket,
 // into the address of its QMP socket.
-func qmpAddress(machine string) string {
-	if machineName.MatchString(machine) {
-		if info, ok := readMachine(filepath.Join(machinesDir(), machine)); ok {
-			return "unix:" + info.QMP
-		}
+func qmpAddress(machine string) (string, error) {
+	if !machineName.MatchString(machine) {
+		return machine, nil
 	}
-	return machine
+	if info, ok := readMachine(filepath.Join(machinesDir(), machine)); ok {
+		return "unix:" + info.QMP, nil
+	}
+	if st, err := os.Lstat(machine); err == nil && st.Mode().Type() == fs.ModeSocket {
+		return "unix:" + machine, nil
+	}
+	return "", fmt.Errorf("no machine named %s is running, and there is no socket of that name: gnomon ps lists the machines that are running", machine)
 }

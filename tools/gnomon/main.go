@@ -8,9 +8,12 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"github.com/gnomon-vmm/gnomon/vmm"
 )
 
 // Exit statuses.
@@ -30,7 +33,7 @@ type exitStatus struct {
 
 func (e *exitStatus) Error() string {
 	if e.err == nil {
-		return fmt.Sprintf("exit status %d", e.status)
+		return ""
 	}
 	return e.err.Error()
 }
@@ -41,6 +44,7 @@ func usageError(err error) error { return &exitStatus{statusUsage, err} }
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	status := execute(ctx, os.Args[1:])
 	stop()
 	os.Exit(status)
@@ -49,36 +53,50 @@ func main() {
 func execute(ctx context.Context, args []string) int {
 	root := newRootCommand()
 	root.SetArgs(args)
-	err := root.ExecuteContext(ctx)
+	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return statusOK
 	}
 	status := statusError
 	var exit *exitStatus
-	if errors.As(err, &exit) {
+	switch {
+	case errors.As(err, &exit):
 		status = exit.status
-		if exit.err == nil {
-			return status
-		}
+	case errors.Is(err, vmm.ErrConfig):
+		status = statusUsage
 	}
-	fmt.Fprintf(os.Stderr, "gnomon: %v\n", err)
-	if status == statusUsage {
-		fmt.Fprintln(os.Stderr, "gnomon: see gnomon --help, and gnomon COMMAND --help")
+	if text := oneLine(err); text != "" {
+		if status == statusUsage {
+			text += fmt.Sprintf(" (%s --help tells more)", cmd.CommandPath())
+		}
+		fmt.Fprintf(os.Stderr, "gnomon: %s\n", text)
 	}
 	return status
 }
 
+// oneLine is what an error says, on one line.
+func oneLine(err error) string {
+	lines := strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' })
+	return strings.Join(lines, "; ")
+}
+
 func newRootCommand() *cobra.Command {
 	root := &cobra.Command{
-		Use:           "gnomon",
-		Short:         "Run virtual machines on /dev/kvm and drive them over QMP",
+		Use:   "gnomon",
+		Short: "Run virtual machines on /dev/kvm and drive them over QMP",
+		Long: `Run virtual machines on /dev/kvm and drive them, and QEMU's, over QMP.
+
+gnomon host tells what this host can do; gnomon run starts a machine; gnomon ps
+and gnomon qmp find it and drive it from another terminal.`,
+		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          usageArgs(cobra.NoArgs),
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError(err) })
-	root.AddCommand(newRunCommand(), newPsCommand(), newQMPCommand(), newHostCommand())
+	root.AddCommand(newRunCommand(), newPsCommand(), newQMPCommand(), newHostCommand(), newVersionCommand())
+	root.SetVersionTemplate("gnomon {{.Version}}\n")
 	return root
 }
 
@@ -94,7 +112,17 @@ func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 
 // addOutputFlag adds --output to a command that prints data.
 func addOutputFlag(cmd *cobra.Command) *string {
-	return cmd.Flags().String("output", "text", "form of what is printed: text or json")
+	output := cmd.Flags().String("output", "text", "`form` of what is printed: text or json")
+	completeFlag(cmd, "output", "text", "json")
+	return output
+}
+
+// completeFlag has shells complete a flag's value to one of the choices.
+func completeFlag(cmd *cobra.Command, flag string, choices ...string) {
+	err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(choices, cobra.ShellCompDirectiveNoFileComp))
+	if err != nil {
+		panic(err) // there is no such flag, which every test of the command would see
+	}
 }
 
 func checkOutput(output string) error {

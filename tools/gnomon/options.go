@@ -35,7 +35,7 @@ func parseOptions(flag, text string, keys ...string) (*options, error) {
 }
 
 func (o *options) errorf(format string, args ...any) error {
-	return usageError(fmt.Errorf("--%s %s: %s", o.flag, o.text, fmt.Sprintf(format, args...)))
+	return fmt.Errorf("--%s %s: %s", o.flag, o.text, fmt.Sprintf(format, args...))
 }
 
 func (o *options) has(key string) bool {

@@ -69,7 +69,11 @@ they come; otherwise as JSON.`,
 func dialQMP(ctx context.Context, machine string) (*client.Client, error) {
 	ctx, cancel := context.WithTimeout(ctx, qmpConnectTimeout)
 	defer cancel()
-	c, err := client.Dial(ctx, qmpAddress(machine))
+	address, err := qmpAddress(machine)
+	if err != nil {
+		return nil, err
+	}
+	c, err := client.Dial(ctx, address)
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
 		return nil, fmt.Errorf("%w; another client may be connected to it", err)

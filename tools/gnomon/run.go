@@ -7,17 +7,15 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/gnomon-vmm/gnomon/disk"
+	"github.com/gnomon-vmm/gnomon/kvm"
 	"github.com/gnomon-vmm/gnomon/vmm"
-	"github.com/gnomon-vmm/gnomon/vmm/boot"
-	"github.com/gnomon-vmm/gnomon/vmm/chardev"
 	"github.com/gnomon-vmm/gnomon/vmm/monitor"
-	"github.com/gnomon-vmm/gnomon/vmm/netdev"
-	"github.com/gnomon-vmm/gnomon/vmm/vsockhost"
 )
 
 // runFlags are the flags of gnomon run as the user wrote them.
@@ -55,8 +53,11 @@ The kernel is a bzImage or an ELF file (vmlinux, or any with a PVH note). The
 serial port is at this terminal: Ctrl-a x ends the machine, Ctrl-a h tells the
 other keys. Other commands reach the machine by its name; gnomon ps lists names.
 
-Exit status: 0 the guest powered off, or was told to quit; 1 an error; 2 wrong
-usage; 3 the guest's kernel panicked; 4 the guest reset itself (--no-reboot).`,
+A comma in a file's name is written twice. Sizes are as in 512M or 2G.
+
+Exit status: 0 the guest powered off, or was told to quit (QMP, Ctrl-a x, a
+signal); 1 an error; 2 wrong usage; 3 the guest's kernel panicked; 4 the guest
+reset itself (--no-reboot).`,
 		Example: `  gnomon run --kernel bzImage --initrd initrd.img --append console=ttyS0
   gnomon run --kernel vmlinuz --append "root=/dev/vda console=ttyS0" --memory 1G --cpus 2 \
       --disk file=disk.qcow2 --net user,forward=tcp:8080:80`,
@@ -89,44 +90,31 @@ usage; 3 the guest's kernel panicked; 4 the guest reset itself (--no-reboot).`,
 				return err
 			}
 		}
-		return run(cmd, &f)
+		p, err := f.plan()
+		if err != nil {
+			return err
+		}
+		return run(cmd.Context(), p)
 	}
+	completeFlag(cmd, "net", "user", "tap=", "none")
+	completeFlag(cmd, "serial", "stdio", "file:", "unix:", "null")
+	completeFlag(cmd, "console", "stdio", "file:", "unix:")
 	return cmd
 }
 
-// opened is what has been opened for a machine that is not built yet: on an
-// error all of it is closed again.
-type opened []func() error
-
-func (o *opened) add(f func() error) { *o = append(*o, f) }
-
-func (o *opened) close() {
-	for i := len(*o) - 1; i >= 0; i-- {
-		(*o)[i]()
-	}
-	*o = nil
-}
-
-func run(cmd *cobra.Command, f *runFlags) (err error) {
-	ctx, quit := context.WithCancel(cmd.Context())
+func run(ctx context.Context, p *plan) (err error) {
+	ctx, quit := context.WithCancel(ctx)
 	defer quit()
-	var undo opened
-	defer func() { undo.close() }()
-
-	cfg, err := f.machine(&undo, quit)
+	// Before anything is made that a host without KVM has no use for.
+	sys, err := kvm.Open()
 	if err != nil {
 		return err
 	}
-	if !f.quiet {
-		cfg.Log = func(format string, args ...any) { fmt.Fprintf(os.Stderr, "gnomon: "+format+"\n", args...) }
-	}
-	// A vCPU in KVM_RUN keeps its processor slot in the Go scheduler for a
-	// while; with one slot more for each, device work never waits for it.
-	runtime.GOMAXPROCS(runtime.NumCPU() + cfg.CPUs)
+	sys.Close()
 
 	info := machineInfo{
-		Name: cfg.Name, UUID: cfg.UUID.String(), PID: os.Getpid(),
-		CPUs: cfg.CPUs, Memory: cfg.Memory, Started: time.Now(),
+		Name: p.machine.Name, UUID: p.machine.UUID.String(), PID: os.Getpid(),
+		CPUs: p.machine.CPUs, Memory: p.machine.Memory, Started: time.Now(),
 	}
 	entry, err := register(&info)
 	if err != nil {
@@ -134,23 +122,34 @@ func run(cmd *cobra.Command, f *runFlags) (err error) {
 	}
 	defer entry.remove()
 
-	m, err := vmm.New(*cfg)
+	log := &startLog{quiet: p.flags.quiet}
+	p.machine.Log = log.printf
+	var undo opened
+	defer func() { undo.close() }()
+	if err := p.open(&undo, quit); err != nil {
+		return err
+	}
+	// A vCPU in KVM_RUN keeps its processor slot in the Go scheduler for a
+	// while; with one slot more for each, device work never waits for it.
+	runtime.GOMAXPROCS(runtime.NumCPU() + p.machine.CPUs)
+	m, err := vmm.New(p.machine)
 	if err != nil {
 		return err
 	}
 	undo = nil // the machine closes it all now
-	if cfg.Kernel.Linux() {
+	if p.machine.Kernel.Linux() {
 		// Decompressing it left tens of MiB that nobody needs any more.
 		go debug.FreeOSMemory()
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
 
-	server, err := monitor.Listen(m, append([]string{"unix:" + info.QMP}, f.qmp...)...)
+	server, err := monitor.Listen(m, append([]string{"unix:" + info.QMP}, p.flags.qmp...)...)
 	if err != nil {
-		return err
+		return adviseOnPath(err)
 	}
 	defer server.Close()
 
+	log.flush()
 	exit, err := m.Run(ctx)
 	if err != nil {
 		return err
@@ -164,141 +163,31 @@ func run(cmd *cobra.Command, f *runFlags) (err error) {
 	return nil
 }
 
-// machine opens what the flags name. What must be closed if the machine is
-// not built is added to undo; quit is what Ctrl-a x does.
-func (f *runFlags) machine(undo *opened, quit func()) (*vmm.Config, error) {
-	cfg := &vmm.Config{
-		Name: f.name, CPUs: f.cpus, Cmdline: f.append,
-		Paused: f.paused, NoReboot: f.noReboot, NoBalloon: f.noBalloon, NoRNG: f.noRNG,
-	}
-	if cfg.Name == "" {
-		cfg.Name = fmt.Sprintf("gnomon-%d", os.Getpid())
-	}
-	cfg.UUID = vmm.NewUUID()
-	var err error
-	if f.uuid != "" {
-		if cfg.UUID, err = vmm.ParseUUID(f.uuid); err != nil {
-			return nil, usageError(err)
-		}
-	}
-	if cfg.Memory, err = parseSize(f.memory, 1<<20); err != nil {
-		return nil, usageError(fmt.Errorf("--memory: %w", err))
-	}
-	if f.kernel == "" {
-		return nil, usageError(errors.New("no --kernel: name a bzImage or an ELF vmlinux"))
-	}
-	if cfg.Kernel, err = boot.OpenKernel(f.kernel); err != nil {
-		return nil, err
-	}
-	undo.add(cfg.Kernel.Close)
-	if f.initrd != "" {
-		file, err := os.Open(f.initrd)
-		if err != nil {
-			return nil, fmt.Errorf("initial RAM disk: %w", err)
-		}
-		undo.add(file.Close)
-		st, err := file.Stat()
-		if err != nil {
-			return nil, fmt.Errorf("initial RAM disk: %w", err)
-		}
-		cfg.Initrd, cfg.InitrdSize = file, st.Size()
-	}
-	for _, text := range f.disks {
-		d, err := openDisk(text)
-		if err != nil {
-			return nil, err
-		}
-		undo.add(d.Node.Close)
-		cfg.Disks = append(cfg.Disks, d)
-	}
-	for _, text := range f.nets {
-		if err := openNet(cfg, text, undo); err != nil {
-			return nil, err
-		}
-	}
-	if f.vsock != "" {
-		if cfg.Vsock, err = openVsock(f.vsock); err != nil {
-			return nil, err
-		}
-		undo.add(cfg.Vsock.Host.Close)
-	}
-	if cfg.Serial, err = chardev.Open(f.serial, chardev.Options{Label: "serial0", Exit: quit}); err != nil {
-		return nil, fmt.Errorf("--serial: %w", err)
-	}
-	undo.add(cfg.Serial.Close)
-	if f.console != "" {
-		if cfg.Console, err = chardev.Open(f.console, chardev.Options{Label: "console0", Exit: quit}); err != nil {
-			return nil, fmt.Errorf("--console: %w", err)
-		}
-		undo.add(cfg.Console.Close)
-	}
-	return cfg, nil
+// startLog holds back what there is to tell of a machine until it starts: of
+// one that does not start, only the error is worth reading.
+type startLog struct {
+	quiet bool
+
+	mu      sync.Mutex
+	started bool     // guarded by mu
+	lines   []string // guarded by mu
 }
 
-func openDisk(text string) (vmm.Disk, error) {
-	o, err := parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues")
-	if err != nil {
-		return vmm.Disk{}, err
+func (l *startLog) printf(format string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch line := fmt.Sprintf("gnomon: "+format+"\n", args...); {
+	case l.quiet:
+	case l.started:
+		fmt.Fprint(os.Stderr, line)
+	default:
+		l.lines = append(l.lines, line)
 	}
-	path, err := o.need("file")
-	if err != nil {
-		return vmm.Disk{}, err
-	}
-	format, err := o.oneOf("format", "", disk.FormatRaw, disk.FormatQcow2)
-	if err != nil {
-		return vmm.Disk{}, err
-	}
-	readOnly, err := o.onOff("readonly")
-	if err != nil {
-		return vmm.Disk{}, err
-	}
-	queues, err := o.number("queues", 0, 1, vmm.MaxCPUs)
-	if err != nil {
-		return vmm.Disk{}, err
-	}
-	node, err := disk.Open(path, disk.Options{Format: format, ReadOnly: readOnly})
-	if err != nil {
-		return vmm.Disk{}, err
-	}
-	return vmm.Disk{ID: o.values["id"], Node: node, Serial: o.values["serial"], Queues: int(queues)}, nil
 }
 
-func openNet(cfg *vmm.Config, text string, undo *opened) error {
-	spec, err := netdev.Parse(text)
-	if err != nil {
-		return usageError(fmt.Errorf("--net: %w", err))
-	}
-	if spec.Kind == netdev.KindNone {
-		return nil
-	}
-	backend, err := spec.Open()
-	if err != nil {
-		return fmt.Errorf("--net %s: %w", text, err)
-	}
-	undo.add(backend.Close)
-	cfg.Nets = append(cfg.Nets, vmm.Net{Backend: backend, MAC: spec.MAC})
-	return nil
-}
-
-func openVsock(text string) (*vmm.Vsock, error) {
-	o, err := parseOptions("vsock", text, "cid", "path")
-	if err != nil {
-		return nil, err
-	}
-	if _, err := o.need("cid"); err != nil {
-		return nil, err
-	}
-	path, err := o.need("path")
-	if err != nil {
-		return nil, err
-	}
-	cid, err := o.number("cid", 0, 3, 0xFFFF_FFFE)
-	if err != nil {
-		return nil, err
-	}
-	host, err := vsockhost.Listen(path)
-	if err != nil {
-		return nil, fmt.Errorf("--vsock %s: %w", text, err)
-	}
-	return &vmm.Vsock{CID: uint32(cid), Host: host}, nil
+func (l *startLog) flush() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	fmt.Fprint(os.Stderr, strings.Join(l.lines, ""))
+	l.started, l.lines = true, nil
 }

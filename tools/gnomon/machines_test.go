@@ -1,0 +1,117 @@
+package main
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func registered(t *testing.T, name string) (*registration, machineInfo) {
+	t.Helper()
+	info := machineInfo{Name: name, PID: os.Getpid()}
+	r, err := register(&info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r, info
+}
+
+func TestMachineNames(t *testing.T) {
+	for name, good := range map[string]bool{
+		"vm1": true, "a.b-c_d": true, "0": true, strings.Repeat("a", 64): true,
+		"": false, ".": false, "..": false, "-a": false, "a/b": false, "a b": false, "a\n": false, strings.Repeat("a", 65): false,
+	} {
+		if err := checkMachineName(name); (err == nil) != good {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+}
+
+func TestRegister(t *testing.T) {
+	t.Setenv("GNOMON_RUNTIME_DIR", filepath.Join(t.TempDir(), "run"))
+	r, info := registered(t, "vm")
+	if _, err := register(&machineInfo{Name: "vm"}); err == nil || !strings.Contains(err.Error(), "--name") {
+		t.Errorf("a taken name: %v", err)
+	}
+	// Looking does not change who has what.
+	for range 2 {
+		machines, err := runningMachines()
+		if err != nil || len(machines) != 1 || machines[0].QMP != info.QMP {
+			t.Errorf("%+v, %v", machines, err)
+		}
+	}
+	r.remove()
+	if machines, err := runningMachines(); err != nil || len(machines) != 0 {
+		t.Errorf("after the end: %+v, %v", machines, err)
+	}
+	again, _ := registered(t, "vm")
+	again.remove()
+}
+
+// Who has opened the file of a machine that then ends does not get its name:
+// nobody would find the machine.
+func TestLockOfRemovedFile(t *testing.T) {
+	t.Setenv("GNOMON_RUNTIME_DIR", t.TempDir())
+	r, info := registered(t, "vm")
+	f, err := os.OpenFile(filepath.Join(filepath.Dir(info.QMP), machineFile), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	r.remove()
+	if err := lockMachine(f); err == nil {
+		t.Error("a file that is gone was locked")
+	}
+}
+
+func TestRuntimeDirectoryOfAnother(t *testing.T) {
+	dir := t.TempDir()
+	link := filepath.Join(dir, "link")
+	if err := os.Symlink(dir, link); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("GNOMON_RUNTIME_DIR", link)
+	if _, err := register(&machineInfo{Name: "vm"}); err == nil || !strings.Contains(err.Error(), "GNOMON_RUNTIME_DIR") {
+		t.Errorf("a link: %v", err)
+	}
+	if os.Geteuid() != 0 {
+		return // only root can give the directory away
+	}
+	if err := os.Chown(dir, 65534, -1); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("GNOMON_RUNTIME_DIR", dir)
+	if _, err := register(&machineInfo{Name: "vm"}); err == nil || !strings.Contains(err.Error(), "GNOMON_RUNTIME_DIR") {
+		t.Errorf("somebody else's: %v", err)
+	}
+}
+
+func TestQMPAddress(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	t.Setenv("GNOMON_RUNTIME_DIR", filepath.Join(dir, "run"))
+	r, info := registered(t, "vm")
+	defer r.remove()
+	l, err := net.Listen("unix", "here.sock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for machine, want := range map[string]string{
+		"vm":              "unix:" + info.QMP,
+		"here.sock":       "unix:here.sock",
+		"./here.sock":     "./here.sock",
+		"/run/vm.sock":    "/run/vm.sock",
+		"unix:vm":         "unix:vm",
+		"tcp:localhost:1": "tcp:localhost:1",
+	} {
+		if got, err := qmpAddress(machine); err != nil || got != want {
+			t.Errorf("%s: %s, %v", machine, got, err)
+		}
+	}
+	if got, err := qmpAddress("vm2"); err == nil || !strings.Contains(err.Error(), "gnomon ps") {
+		t.Errorf("nobody's name: %s, %v", got, err)
+	}
+}

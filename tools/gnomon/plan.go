@@ -1,0 +1,293 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+
+	"github.com/gnomon-vmm/gnomon/disk"
+	"github.com/gnomon-vmm/gnomon/qmp"
+	"github.com/gnomon-vmm/gnomon/vmm"
+	"github.com/gnomon-vmm/gnomon/vmm/boot"
+	"github.com/gnomon-vmm/gnomon/vmm/chardev"
+	"github.com/gnomon-vmm/gnomon/vmm/netdev"
+	"github.com/gnomon-vmm/gnomon/vmm/vsockhost"
+)
+
+// plan is what the flags of gnomon run ask for, read and checked, with nothing
+// opened yet. open adds to machine what had to be opened.
+type plan struct {
+	flags   *runFlags
+	machine vmm.Config
+	disks   []diskPlan
+	nets    []netPlan
+	vsock   string // path; "": no device
+	cid     uint32
+}
+
+type diskPlan struct {
+	path    string
+	options disk.Options
+	attach  vmm.Disk // without its node
+}
+
+type netPlan struct {
+	text string
+	spec netdev.Spec
+}
+
+// plan reads the flags. Each error is one of usage.
+func (f *runFlags) plan() (*plan, error) {
+	p := &plan{flags: f, machine: vmm.Config{
+		Name: f.name, UUID: vmm.NewUUID(), CPUs: f.cpus, Cmdline: f.append,
+		Paused: f.paused, NoReboot: f.noReboot, NoBalloon: f.noBalloon, NoRNG: f.noRNG,
+	}}
+	for _, read := range []func() error{p.readMachine, p.readDisks, p.readNets, p.readVsock, p.readChardevs, p.readQMP} {
+		if err := read(); err != nil {
+			return nil, usageError(err)
+		}
+	}
+	return p, nil
+}
+
+func (p *plan) readMachine() (err error) {
+	f, m := p.flags, &p.machine
+	if m.Name == "" {
+		m.Name = fmt.Sprintf("gnomon-%d", os.Getpid())
+	}
+	if err := checkMachineName(m.Name); err != nil {
+		return fmt.Errorf("--name: %w", err)
+	}
+	if f.uuid != "" {
+		if m.UUID, err = vmm.ParseUUID(f.uuid); err != nil {
+			return fmt.Errorf("--uuid: %w", err)
+		}
+	}
+	if f.cpus < 1 || f.cpus > vmm.MaxCPUs {
+		return fmt.Errorf("--cpus %d: 1 to %d are possible", f.cpus, vmm.MaxCPUs)
+	}
+	if m.Memory, err = parseSize(f.memory, 1<<20); err != nil {
+		return fmt.Errorf("--memory: %w", err)
+	}
+	if m.Memory < vmm.MinMemory || m.Memory > vmm.MaxMemory || m.Memory%(1<<20) != 0 {
+		return fmt.Errorf("--memory %s: 1M to 1T in whole MiB are possible", f.memory)
+	}
+	if f.kernel == "" {
+		return errors.New("no --kernel: name a bzImage or an ELF vmlinux")
+	}
+	return nil
+}
+
+func (p *plan) readDisks() error {
+	for _, text := range p.flags.disks {
+		o, err := parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues")
+		if err != nil {
+			return err
+		}
+		path, err := o.need("file")
+		if err != nil {
+			return err
+		}
+		format, err := o.oneOf("format", "", disk.FormatRaw, disk.FormatQcow2)
+		if err != nil {
+			return err
+		}
+		readOnly, err := o.onOff("readonly")
+		if err != nil {
+			return err
+		}
+		queues, err := o.number("queues", 0, 1, vmm.MaxCPUs)
+		if err != nil {
+			return err
+		}
+		p.disks = append(p.disks, diskPlan{
+			path:    path,
+			options: disk.Options{Format: format, ReadOnly: readOnly},
+			attach:  vmm.Disk{ID: o.values["id"], Serial: o.values["serial"], Queues: int(queues)},
+		})
+	}
+	return nil
+}
+
+func (p *plan) readNets() error {
+	for _, text := range p.flags.nets {
+		spec, err := netdev.Parse(text)
+		if err != nil {
+			return fmt.Errorf("--net: %w", err)
+		}
+		if spec.Kind != netdev.KindNone {
+			p.nets = append(p.nets, netPlan{text, spec})
+		}
+	}
+	return nil
+}
+
+func (p *plan) readVsock() error {
+	if p.flags.vsock == "" {
+		return nil
+	}
+	o, err := parseOptions("vsock", p.flags.vsock, "cid", "path")
+	if err != nil {
+		return err
+	}
+	if _, err := o.need("cid"); err != nil {
+		return err
+	}
+	cid, err := o.number("cid", 0, 3, 0xFFFF_FFFE)
+	if err != nil {
+		return err
+	}
+	p.cid = uint32(cid)
+	p.vsock, err = o.need("path")
+	return err
+}
+
+func (p *plan) readChardevs() error {
+	stdio := 0
+	for _, c := range []struct{ flag, spec string }{{"serial", p.flags.serial}, {"console", p.flags.console}} {
+		kind, rest, _ := strings.Cut(c.spec, ":")
+		switch {
+		case c.flag == "console" && c.spec == "":
+		case c.spec == "stdio":
+			stdio++
+		case c.spec == "null":
+		case (kind == "file" || kind == "unix") && rest == "":
+			return fmt.Errorf("--%s %s: the path is missing: write %s:PATH", c.flag, c.spec, kind)
+		case kind == "file" || kind == "unix":
+		default:
+			return fmt.Errorf("--%s %q: stdio, file:PATH, unix:PATH and null are possible", c.flag, c.spec)
+		}
+	}
+	if stdio == 2 {
+		return errors.New("--serial and --console are both stdio: give one of them a file or a socket")
+	}
+	return nil
+}
+
+func (p *plan) readQMP() error {
+	for _, address := range p.flags.qmp {
+		network, hostPort, err := qmp.ParseAddress(address)
+		if err != nil {
+			return fmt.Errorf("--qmp: %w", err)
+		}
+		if network != "tcp" {
+			continue
+		}
+		// What is not an address may be a name that resolves to a loopback
+		// address; the server sees to that.
+		if host, _, err := net.SplitHostPort(hostPort); err == nil {
+			if ip := net.ParseIP(host); host == "" || ip != nil && !ip.IsLoopback() {
+				return fmt.Errorf("--qmp %s: QMP has no password: 127.0.0.1, ::1 and localhost are possible", address)
+			}
+		}
+	}
+	return nil
+}
+
+// opened is what has been opened for a machine that is not built yet: on an
+// error all of it is closed again.
+type opened []func() error
+
+func (o *opened) add(f func() error) { *o = append(*o, f) }
+
+func (o *opened) close() {
+	for i := len(*o) - 1; i >= 0; i-- {
+		(*o)[i]()
+	}
+	*o = nil
+}
+
+// open opens what the plan names. What must be closed if the machine is not
+// built is added to undo; quit is what Ctrl-a x does. The serial port comes
+// last: a file that takes its output is emptied.
+func (p *plan) open(undo *opened, quit func()) (err error) {
+	m := &p.machine
+	if m.Kernel, err = boot.OpenKernel(p.flags.kernel); err != nil {
+		return explainMissing("--kernel", p.flags.kernel, err)
+	}
+	undo.add(m.Kernel.Close)
+	if err := p.openInitrd(undo); err != nil {
+		return err
+	}
+	for _, d := range p.disks {
+		node, err := disk.Open(d.path, d.options)
+		if err != nil {
+			return err
+		}
+		undo.add(node.Close)
+		d.attach.Node = node
+		m.Disks = append(m.Disks, d.attach)
+	}
+	for _, n := range p.nets {
+		backend, err := n.spec.Open()
+		if err != nil {
+			return fmt.Errorf("--net %s: %w", n.text, err)
+		}
+		undo.add(backend.Close)
+		m.Nets = append(m.Nets, vmm.Net{Backend: backend, MAC: n.spec.MAC})
+	}
+	if p.vsock != "" {
+		host, err := vsockhost.Listen(p.vsock)
+		if err != nil {
+			return adviseOnPath(fmt.Errorf("--vsock: %w", err))
+		}
+		undo.add(host.Close)
+		m.Vsock = &vmm.Vsock{CID: p.cid, Host: host}
+	}
+	if p.flags.console != "" {
+		if m.Console, err = chardev.Open(p.flags.console, chardev.Options{Label: "console0", Exit: quit}); err != nil {
+			return adviseOnPath(fmt.Errorf("--console: %w", err))
+		}
+		undo.add(m.Console.Close)
+	}
+	if m.Serial, err = chardev.Open(p.flags.serial, chardev.Options{Label: "serial0", Exit: quit}); err != nil {
+		return adviseOnPath(fmt.Errorf("--serial: %w", err))
+	}
+	undo.add(m.Serial.Close)
+	return nil
+}
+
+func (p *plan) openInitrd(undo *opened) error {
+	path := p.flags.initrd
+	if path == "" {
+		return nil
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		return explainMissing("--initrd", path, err)
+	}
+	undo.add(file.Close)
+	st, err := file.Stat()
+	switch {
+	case err != nil:
+		return fmt.Errorf("--initrd: %w", err)
+	case !st.Mode().IsRegular():
+		return fmt.Errorf("--initrd %s: not a regular file: give a cpio archive", path)
+	}
+	p.machine.Initrd, p.machine.InitrdSize = file, st.Size()
+	return nil
+}
+
+// explainMissing says what to do about a file that cannot be opened.
+func explainMissing(flag, path string, err error) error {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("%s %s: there is no such file: check the path", flag, path)
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%s %s: no permission to read it: change its mode or owner, or run as its owner", flag, path)
+	}
+	return err
+}
+
+// adviseOnPath says what to do where a socket or file cannot be made.
+func adviseOnPath(err error) error {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("%w: make its directory first", err)
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%w: choose a path that you may write", err)
+	}
+	return err
+}
