@@ -39,21 +39,21 @@ if [ ! -f "$out/vmlinux" ]; then
 	log=$work/build.log
 	# Nothing of the person or machine that builds enters the kernel.
 	export KBUILD_BUILD_USER=gnomon KBUILD_BUILD_HOST=gnomon KBUILD_BUILD_TIMESTAMP='2000-01-01 00:00:00 UTC' KBUILD_BUILD_VERSION=1
-	(
-		cd "$tree"
-		KCONFIG_ALLCONFIG="$here/kernel.config" make allnoconfig
-		nice make -j"${JOBS:-$(nproc)}" bzImage
-	) >"$log" 2>&1 || {
+	(cd "$tree" && KCONFIG_ALLCONFIG="$here/kernel.config" make allnoconfig) >"$log" 2>&1 || {
 		tail -n 30 "$log" >&2
-		fail "the kernel does not build"
+		fail "the kernel cannot be configured"
 	}
-	# A wish that Kconfig did not grant is a mistake in kernel.config.
+	# A wish that Kconfig does not grant is a mistake in kernel.config.
 	while IFS= read -r wish; do
 		case $wish in
 		CONFIG_*=n) ! grep -q "^${wish%=n}=" "$tree/.config" || fail "Kconfig keeps $(grep "^${wish%=n}=" "$tree/.config") though kernel.config says n" ;;
 		CONFIG_*) grep -qxF "$wish" "$tree/.config" || fail "Kconfig drops $wish of kernel.config" ;;
 		esac
 	done <"$here/kernel.config"
+	(cd "$tree" && nice make -j"${JOBS:-$(nproc)}" bzImage) >>"$log" 2>&1 || {
+		tail -n 30 "$log" >&2
+		fail "the kernel does not build"
+	}
 	mkdir "$work/out"
 	cp "$tree/arch/x86/boot/bzImage" "$tree/System.map" "$work/out/"
 	cp "$tree/.config" "$work/out/config"
