@@ -66,20 +66,25 @@ func (m *Machine) CPUs() []CPUInfo {
 }
 
 // Stats are KVM's statistics of the VM (cpu < 0) or of a vCPU.
-func (m *Machine) Stats(cpu int) ([]kvm.Stat, error) {
-	m.ctl.Lock()
-	defer m.ctl.Unlock()
-	if m.closed {
-		return nil, ErrClosed
-	}
+func (m *Machine) Stats(cpu int) (stats []kvm.Stat, err error) {
 	if cpu < 0 {
+		m.ctl.Lock()
+		defer m.ctl.Unlock()
+		if m.closed {
+			return nil, ErrClosed
+		}
 		return m.vm.Stats()
 	}
-	c, err := m.cpu(cpu)
-	if err != nil {
-		return nil, err
-	}
-	return c.Stats()
+	// KVM_GET_STATS_FD on a vCPU waits for KVM_RUN to return.
+	err = m.Stopped(func() error {
+		c, err := m.cpu(cpu)
+		if err != nil {
+			return err
+		}
+		stats, err = c.Stats()
+		return err
+	})
+	return stats, err
 }
 
 func (m *Machine) cpu(index int) (*vcpu, error) {

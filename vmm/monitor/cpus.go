@@ -79,9 +79,9 @@ func (mon *monitor) queryCPUs(context.Context, *qmp.Session, qmp.Empty) (all []c
 				return err
 			}
 			all = append(all, cpuSlow{
-				CPU: int64(c.Index), Current: c.Index == 0, Halted: s.MPState == kvm.MPHalted,
+				CPU: int64(c.Index), Current: c.Index == 0, Halted: s.MPState != kvm.MPRunnable,
 				QOMPath: cpuPath(c.Index), ThreadID: int64(c.ThreadID), Props: topology(c.Index),
-				Arch: "x86", PC: int64(s.Regs.RIP),
+				Arch: "x86", PC: int64(s.Sregs.CS.Base + s.Regs.RIP),
 			})
 		}
 		return nil
