@@ -63,32 +63,47 @@ type (
 		Stats    blockDeviceStats `qmp:"stats"`
 	}
 	blockDeviceStats struct {
-		ReadBytes       int64       `qmp:"rd_bytes"`
-		WriteBytes      int64       `qmp:"wr_bytes"`
-		UnmapBytes      int64       `qmp:"unmap_bytes"`
-		ReadOperations  int64       `qmp:"rd_operations"`
-		WriteOperations int64       `qmp:"wr_operations"`
-		FlushOperations int64       `qmp:"flush_operations"`
-		UnmapOperations int64       `qmp:"unmap_operations"`
-		ReadTime        int64       `qmp:"rd_total_time_ns"`
-		WriteTime       int64       `qmp:"wr_total_time_ns"`
-		FlushTime       int64       `qmp:"flush_total_time_ns"`
-		UnmapTime       int64       `qmp:"unmap_total_time_ns"`
-		WriteHighest    int64       `qmp:"wr_highest_offset"` // not kept: always 0
-		ReadMerged      int64       `qmp:"rd_merged"`
-		WriteMerged     int64       `qmp:"wr_merged"`
-		UnmapMerged     int64       `qmp:"unmap_merged"`
-		FailedReads     int64       `qmp:"failed_rd_operations"`
-		FailedWrites    int64       `qmp:"failed_wr_operations"`
-		FailedFlushes   int64       `qmp:"failed_flush_operations"`
-		FailedUnmaps    int64       `qmp:"failed_unmap_operations"`
-		InvalidReads    int64       `qmp:"invalid_rd_operations"`
-		InvalidWrites   int64       `qmp:"invalid_wr_operations"`
-		InvalidFlushes  int64       `qmp:"invalid_flush_operations"`
-		InvalidUnmaps   int64       `qmp:"invalid_unmap_operations"`
-		AccountInvalid  bool        `qmp:"account_invalid"`
-		AccountFailed   bool        `qmp:"account_failed"`
-		TimedStats      []qmp.Empty `qmp:"timed_stats"` // of intervals that nobody can set: none
+		ReadBytes       int64        `qmp:"rd_bytes"`
+		WriteBytes      int64        `qmp:"wr_bytes"`
+		UnmapBytes      int64        `qmp:"unmap_bytes"`
+		ReadOperations  int64        `qmp:"rd_operations"`
+		WriteOperations int64        `qmp:"wr_operations"`
+		FlushOperations int64        `qmp:"flush_operations"`
+		UnmapOperations int64        `qmp:"unmap_operations"`
+		ReadTime        int64        `qmp:"rd_total_time_ns"`
+		WriteTime       int64        `qmp:"wr_total_time_ns"`
+		FlushTime       int64        `qmp:"flush_total_time_ns"`
+		UnmapTime       int64        `qmp:"unmap_total_time_ns"`
+		WriteHighest    int64        `qmp:"wr_highest_offset"` // not kept: always 0
+		ReadMerged      int64        `qmp:"rd_merged"`
+		WriteMerged     int64        `qmp:"wr_merged"`
+		UnmapMerged     int64        `qmp:"unmap_merged"`
+		FailedReads     int64        `qmp:"failed_rd_operations"`
+		FailedWrites    int64        `qmp:"failed_wr_operations"`
+		FailedFlushes   int64        `qmp:"failed_flush_operations"`
+		FailedUnmaps    int64        `qmp:"failed_unmap_operations"`
+		InvalidReads    int64        `qmp:"invalid_rd_operations"`
+		InvalidWrites   int64        `qmp:"invalid_wr_operations"`
+		InvalidFlushes  int64        `qmp:"invalid_flush_operations"`
+		InvalidUnmaps   int64        `qmp:"invalid_unmap_operations"`
+		AccountInvalid  bool         `qmp:"account_invalid"`
+		AccountFailed   bool         `qmp:"account_failed"`
+		TimedStats      []timedStats `qmp:"timed_stats"`
+	}
+	// timedStats is BlockDeviceTimedStats, of intervals that nobody can set here.
+	timedStats struct {
+		IntervalLength     int64   `qmp:"interval_length"`
+		MinReadLatency     int64   `qmp:"min_rd_latency_ns"`
+		MaxReadLatency     int64   `qmp:"max_rd_latency_ns"`
+		AvgReadLatency     int64   `qmp:"avg_rd_latency_ns"`
+		MinWriteLatency    int64   `qmp:"min_wr_latency_ns"`
+		MaxWriteLatency    int64   `qmp:"max_wr_latency_ns"`
+		AvgWriteLatency    int64   `qmp:"avg_wr_latency_ns"`
+		MinFlushLatency    int64   `qmp:"min_flush_latency_ns"`
+		MaxFlushLatency    int64   `qmp:"max_flush_latency_ns"`
+		AvgFlushLatency    int64   `qmp:"avg_flush_latency_ns"`
+		AvgReadQueueDepth  float64 `qmp:"avg_rd_queue_depth"`
+		AvgWriteQueueDepth float64 `qmp:"avg_wr_queue_depth"`
 	}
 	// blockJob is BlockJobInfo. No job works on a disk yet.
 	blockJob struct {

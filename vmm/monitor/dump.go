@@ -90,6 +90,8 @@ func (a *dumpArguments) check() error {
 		return qmp.Errorf("Parameter 'length' is missing")
 	case a.Begin == nil && a.Length != nil:
 		return qmp.Errorf("Parameter 'begin' is missing")
+	case a.Length != nil && *a.Length == 0:
+		return qmp.Errorf("Invalid parameter 'length'")
 	case a.Begin != nil && (*a.Begin < 0 || *a.Length < 0):
 		return errNothingToDump
 	}
