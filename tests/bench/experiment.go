@@ -61,6 +61,7 @@ func (e experiment) measure(ctx context.Context, runs int, p progress) ([]row, e
 		sides := make([]side, len(e.contenders))
 		for i, c := range e.contenders {
 			sides[i] = side{c.name, got[i][wanted.metric]}
+			p.detail("%s, %s: %s: %.4g", wanted.text, wanted.unit, c.name, got[i][wanted.metric])
 		}
 		r, err := judge(wanted, sides[0], sides[1:])
 		if err != nil {

@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -13,28 +14,38 @@ import (
 	"syscall"
 )
 
+// options are the command line.
+type options struct {
+	output, only, gnomon, dir string
+	runs                      int
+	quick, verbose            bool
+}
+
 func main() {
-	output := flag.String("o", "", "write the figures to this JSON `file`")
-	only := flag.String("only", "", "measure the promises that match this `regexp`")
-	runs := flag.Int("runs", 0, "`times` each side runs (default 9; 3 with -quick)")
-	quick := flag.Bool("quick", false, "short and rough")
-	gnomon := flag.String("gnomon", "", "gnomon `binary` to measure (default: built from this module)")
+	var o options
+	flag.StringVar(&o.output, "o", "", "write the figures to this JSON `file`")
+	flag.StringVar(&o.only, "only", "", "measure the promises that match this `regexp`")
+	flag.IntVar(&o.runs, "runs", 0, "`times` each side runs (default 9; 3 with -quick)")
+	flag.BoolVar(&o.quick, "quick", false, "short and rough")
+	flag.BoolVar(&o.verbose, "v", false, "show what each run measured")
+	flag.StringVar(&o.gnomon, "gnomon", "", "gnomon `binary` to measure (default: built from this module)")
+	flag.StringVar(&o.dir, "dir", "", "make the disk image in this `directory` (default: that of temporary files)")
 	flag.Parse()
-	if *runs == 0 {
-		*runs = 9
-		if *quick {
-			*runs = 3
+	if o.runs <= 0 {
+		o.runs = 9
+		if o.quick {
+			o.runs = 3
 		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	n, err := measureAll(ctx, *output, *only, *gnomon, *runs, *quick)
+	n, err := measureAll(ctx, o)
+	stop()
 	switch {
 	case err != nil:
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	case n > 0:
-		fmt.Fprintf(os.Stderr, "bench: %d of the promises missed\n", n)
+		fmt.Fprintf(os.Stderr, "bench: missed bounds: %d\n", n)
 		os.Exit(1)
 	}
 }
@@ -42,44 +53,45 @@ func main() {
 // measureAll runs the experiments, shows and writes what they gave, and
 // returns how many bounds were missed. An experiment that fails does not keep
 // the others from being shown.
-func measureAll(ctx context.Context, output, only, gnomon string, runs int, quick bool) (int, error) {
+func measureAll(ctx context.Context, o options) (int, error) {
 	var filter *regexp.Regexp
-	if only != "" {
+	if o.only != "" {
 		var err error
-		if filter, err = regexp.Compile(only); err != nil {
+		if filter, err = regexp.Compile(o.only); err != nil {
 			return 0, fmt.Errorf("-only: %w", err)
 		}
 	}
-	b, err := newBench(gnomon, quick)
-	if b != nil {
-		defer b.close()
-	}
+	b, err := newBench(o)
 	if err != nil {
 		return 0, err
 	}
+	defer b.close()
 	var rows []row
 	var failed error
 	for _, e := range b.experiments() {
 		if e = e.choose(filter); len(e.promises) == 0 {
 			continue
 		}
-		got, err := e.measure(ctx, runs, newProgress())
+		got, err := e.measure(ctx, o.runs, newProgress(o.verbose))
 		rows = append(rows, got...)
 		if err != nil {
 			fmt.Fprintln(os.Stderr, "bench:", err)
-			failed = err
+			failed = errors.Join(failed, err)
+		}
+		if ctx.Err() != nil {
+			break
 		}
 	}
 	if err := printTable(os.Stdout, rows); err != nil {
 		return 0, err
 	}
-	if output != "" {
-		if err := writeJSON(output, rows); err != nil {
+	if o.output != "" {
+		if err := writeJSON(o.output, rows); err != nil {
 			return 0, err
 		}
 	}
 	if failed != nil {
-		return 0, fmt.Errorf("not all could be measured: %w", failed)
+		return 0, errors.New("not all could be measured")
 	}
 	return missed(rows), nil
 }

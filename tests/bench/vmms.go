@@ -20,8 +20,8 @@ type bench struct {
 }
 
 // newBench builds gnomon, unless a binary is given, and the probe guest.
-func newBench(gnomon string, quick bool) (*bench, error) {
-	b := &bench{gnomon: gnomon, quick: quick}
+func newBench(o options) (*bench, error) {
+	b := &bench{gnomon: o.gnomon, quick: o.quick}
 	var err error
 	if b.qemu, err = exec.LookPath("qemu-system-x86_64"); err != nil {
 		return nil, fmt.Errorf("the peer: %w: install Debian's qemu-system-x86", err)
@@ -29,7 +29,7 @@ func newBench(gnomon string, quick bool) (*bench, error) {
 	if b.kernel, err = probe.Path(); err != nil {
 		return nil, err
 	}
-	if b.dir, err = os.MkdirTemp("", "gnomon-bench-"); err != nil {
+	if b.dir, err = os.MkdirTemp(o.dir, "gnomon-bench-"); err != nil {
 		return nil, err
 	}
 	if b.gnomon == "" {
@@ -37,6 +37,7 @@ func newBench(gnomon string, quick bool) (*bench, error) {
 		build := exec.Command("go", "build", "-trimpath", "-o", b.gnomon, "github.com/gnomon-vmm/gnomon/tools/gnomon")
 		build.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := build.CombinedOutput(); err != nil {
+			b.close()
 			return nil, fmt.Errorf("build gnomon: %w\n%s", err, out)
 		}
 	}
