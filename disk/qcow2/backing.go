@@ -52,7 +52,7 @@ func openFile(path string) (block.Node, fs.FileInfo, error) {
 // that it already has.
 func (c *chain) open(path string) (block.Node, error) {
 	if len(c.opened) == maxChain {
-		return nil, fmt.Errorf("%w: more than %d images lie one on another", ErrBacking, maxChain)
+		return nil, fmt.Errorf("%w: %s: more than %d images lie one on another", ErrBacking, path, maxChain)
 	}
 	file, info, err := c.openFile(path)
 	if err != nil {
