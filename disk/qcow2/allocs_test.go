@@ -1,4 +1,6 @@
-//go:build !race // which makes pools forget
+//go:build !race
+
+// The race detector makes pools forget what they hold.
 
 package qcow2
 
