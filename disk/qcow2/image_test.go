@@ -157,6 +157,14 @@ var images = []struct {
 		create(t, dir, "image.qcow2", "", "backing_file=mid.qcow2,backing_fmt=qcow2")
 		edit(t, dir, "image.qcow2", "write -P 2 500000 1000000", "write -z 2500k 1M")
 	}},
+	{name: "compressed over compressed", make: func(t testing.TB, dir string) {
+		converted("compat=1.1", "-c")(t, dir)
+		if err := os.Rename(filepath.Join(dir, "image.qcow2"), filepath.Join(dir, "base.qcow2")); err != nil {
+			t.Fatal(err)
+		}
+		create(t, dir, "image.qcow2", "", "backing_file=base.qcow2,backing_fmt=qcow2")
+		edit(t, dir, "image.qcow2", "write -c -P 9 1M 64k", "write -c -P 10 2M 64k")
+	}},
 	{name: "overlay larger than backing", make: chained("7M", "9M", 2)},
 	{name: "overlay smaller than backing", make: chained("3M", "2M", 3)},
 	{name: "middle smaller than both", make: chained("1500k", "9M", 4)},
@@ -262,7 +270,11 @@ func TestImages(t *testing.T) {
 			}
 			var wg sync.WaitGroup
 			for w := range uint64(4) {
-				wg.Go(func() { randomReads(t, n, other, want, w) })
+				opinion := other
+				if w > 0 {
+					opinion = nil // one asks it, as it is slow
+				}
+				wg.Go(func() { randomReads(t, n, opinion, want, w) })
 			}
 			wg.Wait()
 		})
@@ -306,7 +318,7 @@ func randomReads(t *testing.T, n *Node, opinion second.Image, want []byte, seed 
 			t.Errorf("read %d at %d: differs at %d", length, off, firstDifference(got, want[off:]))
 			return
 		}
-		if opinion == nil || length == 0 || i%8 != 0 { // it is slow with compressed clusters
+		if opinion == nil || length == 0 || i%8 != 0 {
 			continue
 		}
 		other := make([]byte, length)

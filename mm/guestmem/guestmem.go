@@ -202,8 +202,9 @@ func (m *Memory) TrackDirty(on bool) {
 	}
 }
 
-// MarkDirty records that a device wrote n bytes from gpa on. It does nothing
-// while dirty pages are not tracked, or outside RAM.
+// MarkDirty records that a device wrote n bytes from gpa on, which lie in one
+// region; what passes its end is ignored. It does nothing while dirty pages are
+// not tracked, or outside RAM.
 func (m *Memory) MarkDirty(gpa, n uint64) {
 	r := m.find(gpa)
 	if r == nil || n == 0 {
@@ -214,7 +215,7 @@ func (m *Memory) MarkDirty(gpa, n uint64) {
 		return
 	}
 	first := (gpa - r.GPA) / PageSize
-	last := (min(gpa+n, r.End()) - 1 - r.GPA) / PageSize
+	last := (gpa - r.GPA + min(n, r.End()-gpa) - 1) / PageSize
 	for p := first; p <= last; p++ {
 		(*marks)[p/64].Or(1 << (p % 64))
 	}
