@@ -178,7 +178,7 @@ func TestDumpEventsLikeQEMU(t *testing.T) {
 				"paging": false, "protocol": "file:" + filepath.Join(t.TempDir(), "core"), "begin": 1 << 20, "length": 4096, "detach": detach,
 			}, nil)
 			for {
-				e := <-p.events
+				e := p.next(t)
 				if e.Event == "JOB_STATUS_CHANGE" {
 					continue // QEMU's detached dump is no job
 				}
@@ -322,7 +322,7 @@ func TestDumpJob(t *testing.T) {
 	}
 	o.do(t, "job-cancel", map[string]any{"id": jobs[0].ID}, nil)
 	for {
-		e := <-o.events
+		e := o.next(t)
 		if e.Event == "JOB_STATUS_CHANGE" {
 			continue
 		}
@@ -331,10 +331,7 @@ func TestDumpJob(t *testing.T) {
 		}
 		break
 	}
-	for e := range o.events {
-		if e.Event == "RESUME" {
-			break
-		}
+	for o.next(t).Event != "RESUME" {
 	}
 	if s := o.status(t); s != "running" {
 		t.Errorf("status %q", s)

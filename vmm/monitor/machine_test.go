@@ -247,19 +247,29 @@ func (p peer) refuse(t *testing.T, command string, args map[string]any) qmp.Erro
 	return *refusal
 }
 
-// event waits for the next event, which must be of that name.
-func (p peer) event(t *testing.T, name string) client.Event {
+// next waits for the next event.
+func (p peer) next(t *testing.T) client.Event {
 	t.Helper()
 	select {
-	case e := <-p.events:
-		if e.Event != name {
-			t.Fatalf("event %q %v, want %s", e.Event, e.Data, name)
+	case e, ok := <-p.events:
+		if !ok {
+			t.Fatal("the session ended, and no event came")
 		}
 		return e
 	case <-time.After(guard):
-		t.Fatalf("no event %s", name)
+		t.Fatal("no event came")
+		return client.Event{}
 	}
-	return client.Event{}
+}
+
+// event waits for the next event, which must be of that name.
+func (p peer) event(t *testing.T, name string) client.Event {
+	t.Helper()
+	e := p.next(t)
+	if e.Event != name {
+		t.Fatalf("event %q %v, want %s", e.Event, e.Data, name)
+	}
+	return e
 }
 
 // happening is an event without its time.
