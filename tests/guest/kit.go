@@ -31,8 +31,12 @@ type Kit struct {
 //   - tsc=reliable: no timer that compares clocks for as long as the guest runs;
 //   - swiotlb=noforce: no 64 MiB to clear in guests of 4 GiB and more;
 //   - noreplace-smp: a kernel with one processor otherwise patches away each of
-//     its 4,400 lock prefixes, which takes two seconds.
-const linuxCmdline = "console=ttyS0 quiet rootfstype=ramfs rodata=off tsc=reliable swiotlb=noforce noreplace-smp gnomon.console=agent"
+//     its 4,400 lock prefixes, which takes two seconds;
+//   - GODEBUG: for init's environment; where a kernel runs with noxsave it
+//     would otherwise start itself again (linux/init/registers.go).
+const linuxCmdline = "console=ttyS0 quiet rootfstype=ramfs rodata=off tsc=reliable swiotlb=noforce noreplace-smp " +
+	"GODEBUG=cpu.avx=off,cpu.avx2=off,cpu.fma=off,cpu.avx512f=off,cpu.avx512cd=off,cpu.avx512bw=off,cpu.avx512dq=off,cpu.avx512vl=off " +
+	"gnomon.console=agent"
 
 // Linux returns the Linux kit: its kernel, and an initramfs whose init answers
 // an Agent. The first call on a machine builds it, which takes minutes.

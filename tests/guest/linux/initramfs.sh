@@ -26,12 +26,9 @@ program() {
 	echo "$work/packages$1"
 }
 
-# Go's AVX code is switched off: the kit's kernel may run with noxsave, and then
-# it does not save those registers, which user programs see all the same on
-# hosts without hardware virtualisation. Preemption by signal is off as well: an
-# interpreted kernel takes long to deliver one.
+# Preemption by signal is off: an interpreted kernel takes long to deliver one.
 (cd "$root" && CGO_ENABLED=0 go build -trimpath -buildvcs=false \
-	-ldflags '-s -w -X runtime.godebugDefault=asyncpreemptoff=1,cpu.avx=off,cpu.avx2=off,cpu.avx512f=off,cpu.fma=off' \
+	-ldflags '-s -w -X runtime.godebugDefault=asyncpreemptoff=1' \
 	-o "$tree/init" ./tests/guest/linux/init)
 
 busybox=$(program /bin/busybox busybox-static)

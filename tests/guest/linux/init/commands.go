@@ -130,7 +130,6 @@ func runProgram(ctx context.Context, args wire.ExecArgs) (any, error) {
 	var stdout, stderr limited
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(args.Stdin), &stdout, &stderr
-	cmd.Env = append(os.Environ(), glibcTunables)
 	// Grandchildren may hold the pipes after the program is killed.
 	cmd.WaitDelay = time.Second
 	err := children.run(cmd)
@@ -144,11 +143,6 @@ func runProgram(ctx context.Context, args wire.ExecArgs) (any, error) {
 	}
 	return wire.ExecResult{Status: status, Stdout: stdout.String(), Stderr: stderr.String()}, nil
 }
-
-// glibcTunables keeps glibc's string functions off registers that the kernel
-// does not save when it was started with noxsave but the processor still shows
-// them to programs. Go's own are kept off at build time (build.sh).
-const glibcTunables = "GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX512BW,-XSAVE,-XSAVEC"
 
 func random(_ context.Context, args wire.RandomArgs) (any, error) {
 	if args.Size < 0 || args.Size > wire.MaxOutput {

@@ -38,6 +38,7 @@ func main() {
 	started := sinceBoot()
 	mountBasics()
 	cmdline := readCmdline()
+	avoidUnsavedRegisters(cmdline)
 	console, err := openConsole()
 	if err != nil {
 		// Without a console there is nobody to tell; vsock may still work.
@@ -51,8 +52,9 @@ func main() {
 		if err := console.raw(); err != nil {
 			fmt.Fprintln(os.Stderr, "init: console:", err)
 		}
-		// Warnings still reach the console; chatter would only delay replies.
-		setConsoleLevel(5)
+		// A message in the middle of a reply would spoil it. What the kernel
+		// says when it panics comes all the same.
+		setConsoleLevel(1)
 	}
 	if err := bringUp("lo"); err != nil {
 		fmt.Fprintln(os.Stderr, "init: lo:", err)
