@@ -17,8 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/gnomon-vmm/gnomon/vmm/nbio"
 	"github.com/gnomon-vmm/gnomon/internal/unixsock"
+	"github.com/gnomon-vmm/gnomon/vmm/nbio"
 	"github.com/gnomon-vmm/gnomon/vmm/virtio"
 )
 
