@@ -66,7 +66,7 @@ type Options struct {
 // Open opens the backend that spec names:
 //
 //	stdio                  this process's terminal, or standard input and output
-//	file:PATH[,append=on]  output goes to a file, which is emptied first
+//	file:PATH[,append=on]  output goes to a file, which Connect empties first
 //	unix:PATH[,server=on]  a socket that one client at a time can connect to
 //	null                   nothing
 //
@@ -152,29 +152,50 @@ func (n *null) Connect(Frontend)            { n.connected.Store(true) }
 func (n *null) Info() Info                  { return Info{n.label, "null", n.connected.Load()} }
 func (n *null) Close() error                { return nil }
 
-// file is a file that takes output. There is no input.
+// file is a file that takes output. There is no input. Until it is connected
+// the file keeps what it held, and one that Open made goes with Close: a machine
+// that does not come to run leaves no trace.
 type file struct {
 	label     string
 	f         *os.File
+	made      bool // by openFile
+	empty     bool // the file is to be emptied
 	connected atomic.Bool
 }
 
 func openFile(path string, options map[string]string, o Options) (Backend, error) {
-	flags := os.O_WRONLY | os.O_CREATE | os.O_TRUNC
-	if take(options, "append", "off") == "on" {
-		flags = os.O_WRONLY | os.O_CREATE | os.O_APPEND
-	}
+	b := &file{label: o.Label, empty: take(options, "append", "off") != "on"}
 	if err := unknown(options); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(path, flags, 0o666)
-	if err != nil {
+	flags := os.O_WRONLY | os.O_APPEND
+	var err error
+	if b.f, err = os.OpenFile(path, flags|os.O_CREATE|os.O_EXCL, 0o666); err == nil {
+		b.made = true
+		return b, nil
+	}
+	if b.f, err = os.OpenFile(path, flags, 0); err != nil {
 		return nil, err
 	}
-	return &file{label: o.Label, f: f}, nil
+	return b, nil
 }
 
 func (f *file) Write(p []byte) (int, error) { return f.f.Write(p) }
-func (f *file) Connect(Frontend)            { f.connected.Store(true) }
-func (f *file) Info() Info                  { return Info{f.label, "file", f.connected.Load()} }
-func (f *file) Close() error                { return f.f.Close() }
+
+func (f *file) Connect(Frontend) {
+	if f.empty {
+		// What cannot be emptied, such as a pipe, holds nothing to lose.
+		_ = f.f.Truncate(0)
+	}
+	f.connected.Store(true)
+}
+
+func (f *file) Info() Info { return Info{f.label, "file", f.connected.Load()} }
+
+func (f *file) Close() error {
+	var err error
+	if f.made && !f.connected.Load() {
+		err = os.Remove(f.f.Name())
+	}
+	return errors.Join(err, f.f.Close())
+}

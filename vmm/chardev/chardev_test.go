@@ -132,6 +132,26 @@ func TestNull(t *testing.T) {
 	}
 }
 
+// A machine that does not come to run leaves no file and empties none.
+func TestFileNeverConnected(t *testing.T) {
+	dir := t.TempDir()
+	made, kept := filepath.Join(dir, "made"), filepath.Join(dir, "kept")
+	if err := os.WriteFile(kept, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{made, kept} {
+		if err := open(t, "file:"+path, Options{}).Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := os.Lstat(made); err == nil {
+		t.Error("the file that Open made is still there")
+	}
+	if b, err := os.ReadFile(kept); err != nil || string(b) != "precious" {
+		t.Errorf("the file that was there holds %q, %v", b, err)
+	}
+}
+
 func TestFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a,b")
 	spec := "file:" + strings.ReplaceAll(path, ",", ",,")
