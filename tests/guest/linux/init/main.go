@@ -46,7 +46,7 @@ func main() {
 	}
 	a := newAgent(started)
 	go reapOrphans()
-	go watchPowerButton(a)
+	watchPowerButton(a) // before ready: a press that comes earlier is lost
 	mode := cmdline["gnomon.console"]
 	if console != nil && mode == "agent" {
 		if err := console.raw(); err != nil {

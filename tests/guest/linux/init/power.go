@@ -53,7 +53,8 @@ func crash() error {
 	return os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
 }
 
-// watchPowerButton powers off when somebody presses the ACPI power button.
+// watchPowerButton has the machine powered off when somebody presses the ACPI
+// power button after it has returned.
 // The kernel offers one input device for each button the tables describe.
 func watchPowerButton(a *agent) {
 	paths, _ := filepath.Glob("/dev/input/event*")
