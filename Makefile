@@ -44,7 +44,7 @@ check: ## formatting, vet, staticcheck
 	go tool staticcheck $(GO_PACKAGES)
 
 unit: ## all tests, with the race detector
-	CGO_ENABLED=1 go test -race -p 1 $(TESTFLAGS) $(GO_PACKAGES)
+	CGO_ENABLED=1 go test -race -count=1 -p 1 $(TESTFLAGS) $(GO_PACKAGES)
 
 fuzz: ## each fuzz target for FUZZTIME
 	@sh tests/fuzz.sh $(FUZZTIME)
