@@ -130,11 +130,13 @@ func (m *Machine) Run(ctx context.Context) (Exit, error) {
 			}
 		}()
 	}
+	var err error
+	if !m.startPaused {
+		err = m.resume()
+	}
 	m.ctl.Unlock()
-	if !m.cfg.Paused {
-		if err := m.Resume(); err != nil {
-			return "", err
-		}
+	if err != nil {
+		return "", err
 	}
 
 	for {
@@ -189,12 +191,16 @@ func (m *Machine) end(s Status) {
 
 // Pause stops the vCPUs between two instructions and the devices between two
 // requests. It returns when nothing of the guest moves any more, time included.
+// Before Run it has Run leave the machine paused.
 func (m *Machine) Pause() error {
 	m.ctl.Lock()
 	defer m.ctl.Unlock()
 	switch {
 	case m.closed:
 		return ErrClosed
+	case m.Status() == StatusPrelaunch:
+		m.startPaused = true
+		return nil
 	case m.Status() != StatusRunning:
 		return nil
 	}
@@ -210,6 +216,11 @@ func (m *Machine) Pause() error {
 func (m *Machine) Resume() error {
 	m.ctl.Lock()
 	defer m.ctl.Unlock()
+	return m.resume()
+}
+
+// resume is Resume. Preconditions: m.ctl is held.
+func (m *Machine) resume() error {
 	switch s := m.Status(); {
 	case m.closed:
 		return ErrClosed

@@ -43,10 +43,11 @@ type Machine struct {
 	events   events
 
 	// ctl makes pause, resume, reset and close one at a time.
-	ctl      sync.Mutex
-	started  bool          // guarded by ctl
-	closed   bool          // guarded by ctl
-	kvmClock kvm.ClockData // guarded by ctl: the guest's clock while stopped
+	ctl         sync.Mutex
+	started     bool          // guarded by ctl
+	startPaused bool          // guarded by ctl: Run leaves the start to Resume
+	closed      bool          // guarded by ctl
+	kvmClock    kvm.ClockData // guarded by ctl: the guest's clock while stopped
 
 	stateMu sync.Mutex
 	status  Status // guarded by stateMu
@@ -59,7 +60,7 @@ func New(cfg Config) (*Machine, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	m := &Machine{cfg: cfg, pid: os.Getpid(), status: StatusPrelaunch, clock: newClock()}
+	m := &Machine{cfg: cfg, pid: os.Getpid(), status: StatusPrelaunch, startPaused: cfg.Paused, clock: newClock()}
 	m.requests.wake = make(chan struct{}, 1)
 	m.ended = make(chan struct{})
 	if err := m.build(); err != nil {

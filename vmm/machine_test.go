@@ -89,6 +89,17 @@ type running struct {
 // start runs the probe guest.
 func start(t *testing.T, cmdline string, change func(*vmm.Config)) *running {
 	t.Helper()
+	r := build(t, cmdline, change)
+	go func() {
+		defer close(r.done)
+		r.exit, r.err = r.Run(context.Background())
+	}()
+	return r
+}
+
+// build makes a machine for the probe guest. Whoever runs it closes r.done afterwards.
+func build(t *testing.T, cmdline string, change func(*vmm.Config)) *running {
+	t.Helper()
 	elf, err := probe.Path()
 	if err != nil {
 		t.Fatal(err)
@@ -111,10 +122,6 @@ func start(t *testing.T, cmdline string, change func(*vmm.Config)) *running {
 		defer r.mu.Unlock()
 		r.events = append(r.events, e)
 	})
-	go func() {
-		defer close(r.done)
-		r.exit, r.err = r.Run(context.Background())
-	}()
 	t.Cleanup(func() {
 		if err := r.Close(); err != nil {
 			t.Errorf("close: %v", err)
@@ -288,6 +295,25 @@ func TestPausedFromTheStart(t *testing.T) {
 	r.end(t, vmm.ExitPowerOff)
 	if err := r.Resume(); !errors.Is(err, vmm.ErrState) {
 		t.Errorf("resume of a machine that has ended: %v", err)
+	}
+}
+
+// A pause that comes before Run has begun holds all the same.
+func TestPausedBeforeRun(t *testing.T) {
+	r := build(t, "boot", nil)
+	if err := r.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if exit, err := r.Run(ctx); exit != vmm.ExitQuit || err != nil {
+		t.Fatalf("exit %q: %v", exit, err)
+	}
+	close(r.done)
+	for _, e := range r.events {
+		if _, ok := e.(vmm.Resumed); ok {
+			t.Error("Run resumed a machine that had been paused")
+		}
 	}
 }
 

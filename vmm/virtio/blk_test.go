@@ -401,6 +401,7 @@ func TestBlkWriteThrough(t *testing.T) {
 		t.Error("restore lost the cache mode")
 	}
 	// A driver that cannot flush gets durable writes.
+	b.write(commonStatus, 1, 0) // the device lets go of the rings before they are made anew
 	b.drv, _ = newDriver(b.mem, 0x10000, 64, FeatureVersion1)
 	b.start(FeatureVersion1, b.drv)
 	if b.read(barDevice+blkConfigWriteback, 1) != 1 || write() != 1 {
