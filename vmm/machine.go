@@ -136,7 +136,7 @@ func (m *Machine) buildMemory() error {
 		return err
 	}
 	for i, r := range m.mem.Regions() {
-		if err := m.vm.SetMemory(uint32(i), 0, r.GPA, r.Bytes()); err != nil {
+		if err := m.vm.SetMemory(uint32(i), 0, r.GPA, r.GuestBytes()); err != nil {
 			return err
 		}
 	}

@@ -30,13 +30,19 @@ type Range struct {
 type Region struct {
 	Range
 	Offset uint64 // of its first byte in the memfd
-	bytes  []byte
+	bytes  []byte // the host's mapping
+	guest  []byte // the guest's mapping
 	// dirty has a bit for each page a device wrote; nil while not tracking.
 	dirty atomic.Pointer[[]atomic.Uint64]
 }
 
-// Bytes is the whole region as the host sees it.
+// Bytes is the whole region in the host's mapping. Whoever goes past Slice and
+// the like to use it calls Memory.Touch before and MarkDirty after.
 func (r *Region) Bytes() []byte { return r.bytes }
+
+// GuestBytes is the same memory in the mapping that KVM's memslots point at and
+// that userfaultfd may watch. Go code must not read or write it (see Pager).
+func (r *Region) GuestBytes() []byte { return r.guest }
 
 // End is the first GPA behind the region.
 func (r *Region) End() uint64 { return r.GPA + r.Size }
@@ -47,6 +53,8 @@ type Memory struct {
 	fd      int
 	regions []*Region // ascending GPA
 	size    uint64
+	pagers  pagers
+	pins    pins
 }
 
 // New maps memory of the given ranges, ascending and disjoint, on one sealed
@@ -81,12 +89,16 @@ func New(ranges []Range) (*Memory, error) {
 	}
 	var offset uint64
 	for _, r := range ranges {
-		b, err := unix.Mmap(fd, int64(offset), int(r.Size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
-		if err != nil {
-			m.Close()
-			return nil, fmt.Errorf("map %d bytes of guest memory: %w", r.Size, err)
+		region := &Region{Range: r, Offset: offset}
+		m.regions = append(m.regions, region)
+		for _, mapping := range []*[]byte{&region.bytes, &region.guest} {
+			b, err := unix.Mmap(fd, int64(offset), int(r.Size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
+			if err != nil {
+				m.Close()
+				return nil, fmt.Errorf("map %d bytes of guest memory: %w", r.Size, err)
+			}
+			*mapping = b
 		}
-		m.regions = append(m.regions, &Region{Range: r, Offset: offset, bytes: b})
 		offset += r.Size
 	}
 	return m, nil
@@ -96,8 +108,12 @@ func New(ranges []Range) (*Memory, error) {
 func (m *Memory) Close() error {
 	var errs []error
 	for _, r := range m.regions {
-		errs = append(errs, unix.Munmap(r.bytes))
-		r.bytes = nil
+		for _, mapping := range []*[]byte{&r.bytes, &r.guest} {
+			if *mapping != nil {
+				errs = append(errs, unix.Munmap(*mapping))
+				*mapping = nil
+			}
+		}
 	}
 	m.regions = nil
 	if m.fd >= 0 {
@@ -127,11 +143,15 @@ func (m *Memory) find(gpa uint64) *Region {
 }
 
 // Slice returns the n bytes from gpa on, which must lie in one region. It does
-// not allocate. Whoever writes to it calls MarkDirty after.
+// not allocate. Whoever writes to it calls MarkDirty after, and lets go of it
+// before the machine stands still; what is kept longer is pinned.
 func (m *Memory) Slice(gpa, n uint64) ([]byte, error) {
 	r := m.find(gpa)
 	if r == nil || n > r.Size-(gpa-r.GPA) {
 		return nil, outOfBounds(gpa, n)
+	}
+	if err := m.Touch(gpa, n); err != nil {
+		return nil, err
 	}
 	off := gpa - r.GPA
 	return r.bytes[off : off+n : off+n], nil
@@ -145,13 +165,16 @@ func outOfBounds(gpa, n uint64) error {
 }
 
 // Read copies guest memory from gpa on into p; it may cross from one region
-// into an adjacent one. Nothing is copied on error.
+// into an adjacent one. Nothing is copied when part of it is not RAM.
 func (m *Memory) Read(gpa uint64, p []byte) error {
 	if !m.contains(gpa, uint64(len(p))) {
 		return outOfBounds(gpa, uint64(len(p)))
 	}
 	for len(p) > 0 {
 		r := m.find(gpa)
+		if err := m.Touch(gpa, min(uint64(len(p)), r.End()-gpa)); err != nil {
+			return err
+		}
 		n := copy(p, r.bytes[gpa-r.GPA:])
 		p, gpa = p[n:], gpa+uint64(n)
 	}
@@ -159,13 +182,17 @@ func (m *Memory) Read(gpa uint64, p []byte) error {
 }
 
 // Write copies p to guest memory from gpa on and marks the pages dirty; it may
-// cross from one region into an adjacent one. Nothing is copied on error.
+// cross from one region into an adjacent one. Nothing is copied when part of it
+// is not RAM.
 func (m *Memory) Write(gpa uint64, p []byte) error {
 	if !m.contains(gpa, uint64(len(p))) {
 		return outOfBounds(gpa, uint64(len(p)))
 	}
 	for len(p) > 0 {
 		r := m.find(gpa)
+		if err := m.Touch(gpa, min(uint64(len(p)), r.End()-gpa)); err != nil {
+			return err
+		}
 		n := copy(r.bytes[gpa-r.GPA:], p)
 		m.MarkDirty(gpa, uint64(n))
 		p, gpa = p[n:], gpa+uint64(n)
@@ -250,6 +277,9 @@ func (m *Memory) Discard(gpa, n uint64) error {
 	last := (gpa - r.GPA + n) &^ (PageSize - 1)
 	if first >= last {
 		return nil
+	}
+	if err := m.Touch(r.GPA+first, last-first); err != nil {
+		return err
 	}
 	if err := unix.Fallocate(m.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(r.Offset+first), int64(last-first)); err != nil {
 		return fmt.Errorf("give back %d bytes at GPA %#x: %w", last-first, r.GPA+first, err)

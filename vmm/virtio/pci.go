@@ -198,7 +198,17 @@ func (p *PCI) end(s *session) {
 		}
 	}
 	p.dev.Stop()
+	s.release()
 	p.gate.open()
+}
+
+// release lets go of the queues' rings.
+func (s *session) release() {
+	for _, q := range s.queues {
+		if q != nil {
+			q.release()
+		}
+	}
 }
 
 // begin starts the device with the queues the driver enabled; mu is held.
@@ -210,6 +220,7 @@ func (p *PCI) begin() error {
 		}
 		q, err := newQueue(p.env.Mem, i, p.regs.DriverFeatures, &p.regs.Queues[i])
 		if err != nil {
+			s.release()
 			return err
 		}
 		w := &worker{
@@ -223,6 +234,7 @@ func (p *PCI) begin() error {
 	p.session.Store(s)
 	if err := p.dev.Start(p.regs.DriverFeatures, s.queues, s); err != nil {
 		p.session.Store(nil)
+		s.release()
 		return fmt.Errorf("start: %w", err)
 	}
 	p.arm()

@@ -94,7 +94,8 @@ type Queue struct {
 	intr func()       // interrupts the driver; may be nil
 }
 
-// newQueue checks a driver's set-up and returns the queue. features are those negotiated.
+// newQueue checks a driver's set-up and returns the queue, whose rings stay
+// pinned until release. features are those negotiated.
 func newQueue(mem *guestmem.Memory, index int, features uint64, s *QueueState) (*Queue, error) {
 	q := &Queue{
 		index:     index,
@@ -135,15 +136,24 @@ func newQueue(mem *guestmem.Memory, index int, features uint64, s *QueueState) (
 	}
 	for _, a := range areas {
 		if a.gpa%a.align != 0 {
+			q.release()
 			return nil, fmt.Errorf("%w %d: %s at GPA %#x is not aligned to %d", ErrQueue, index, a.name, a.gpa, a.align)
 		}
-		b, err := mem.Slice(a.gpa, a.n)
+		b, err := mem.Pin(a.gpa, a.n)
 		if err != nil {
+			q.release()
 			return nil, fmt.Errorf("%w %d: %s: %w", ErrQueue, index, a.name, err)
 		}
 		*a.sliceField = b
 	}
 	return q, nil
+}
+
+// release lets go of the rings; the queue is not used after it.
+func (q *Queue) release() {
+	q.mem.Unpin(q.descGPA, uint64(len(q.desc)))
+	q.mem.Unpin(q.driverGPA, uint64(len(q.driver)))
+	q.mem.Unpin(q.deviceGPA, uint64(len(q.device)))
 }
 
 // progress stores how far the device got.
