@@ -46,9 +46,7 @@ func startQEMU(t testing.TB) string {
 		<-exited
 	})
 	for {
-		c, err := net.Dial("unix", path)
-		if err == nil {
-			c.Close()
+		if qemuRuns(path) {
 			return path
 		}
 		select {
@@ -57,6 +55,23 @@ func startQEMU(t testing.TB) string {
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
+}
+
+// qemuRuns tells that QEMU has started its machine. It answers before it has,
+// and would send whoever is connected a RESUME event.
+func qemuRuns(path string) bool {
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	fmt.Fprintln(c, `{"execute": "qmp_capabilities"}{"execute": "query-status", "id": "status"}`)
+	for lines := bufio.NewScanner(c); lines.Scan(); {
+		if strings.Contains(lines.Text(), `"id": "status"`) {
+			return strings.Contains(lines.Text(), `"running": true`)
+		}
+	}
+	return false
 }
 
 // machine is the state that the commands of the test server are about.
