@@ -1,0 +1,307 @@
+package pager
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/gnomon-vmm/gnomon/mm/uffd"
+)
+
+// serve answers the guest's faults. What is demanded is brought by this
+// goroutine itself: to wake another would cost more than the rest.
+func (p *Pager) serve() {
+	l := new(loader)
+	for {
+		n, err := p.u.ReadFaults(l.faults[:])
+		if err != nil {
+			if !errors.Is(err, uffd.ErrClosed) {
+				p.fail(fmt.Errorf("%w: %w", ErrLoad, err))
+			}
+			return
+		}
+		now := time.Now()
+		for _, f := range l.faults[:n] {
+			if at := p.placeAt(f.Addr); at.r != nil {
+				p.counts.guestFaults.Add(1)
+				p.guestFault(l, at, now)
+			}
+		}
+	}
+}
+
+// fail notes an error that is no block's.
+func (p *Pager) fail(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed || p.complete || errors.Is(err, ErrClosed) {
+		return
+	}
+	if p.firstErr == nil {
+		p.firstErr = err
+	}
+	p.arrivals.Broadcast()
+	p.report(err)
+}
+
+// guestFault answers one fault, or leaves it to whoever loads the page. A fault
+// whose page cannot be had is never answered.
+func (p *Pager) guestFault(l *loader, at place, since time.Time) {
+	var loc Location
+	st := at.r.get(at.i)
+	if st < hole {
+		loc = p.src.Find(at.pfn())
+	}
+	var err error
+	switch {
+	case st == present:
+		// It was given back since, as a balloon does, and is zeros now; or the fault
+		// is late, and is answered by there being a page.
+		err = p.zeroRun(at, 1)
+	case st == hole || loc.Zero:
+		err = p.zeroAround(at)
+	default:
+		var todo action
+		if todo, err = p.plan(l, at, loc, since); err != nil {
+			return
+		}
+		switch todo {
+		case wait:
+			p.counts.heldFaults.Add(1)
+			return // release answers, and counts the time
+		case nothing:
+			err = p.u.Wake(at.r.addrOf(at.i), pageSize)
+		default:
+			if p.perform(l, todo, at, loc) != nil {
+				return
+			}
+		}
+	}
+	if err != nil {
+		p.fail(err)
+		return
+	}
+	p.counts.stalled.Add(int64(time.Since(since)))
+}
+
+// Touch loads the pages of n bytes from gpa on that are missing. It is cheap
+// when none is.
+func (p *Pager) Touch(gpa, n uint64) error {
+	if n == 0 {
+		return nil
+	}
+	for pfn, last := gpa/pageSize, (gpa+n-1)/pageSize; pfn <= last; pfn++ {
+		at := p.place(pfn)
+		if at.r == nil {
+			continue
+		}
+		if at.r.get(at.i) < hole {
+			if err := p.touchPage(at); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// touchPage is Touch for a page that is not there. What is all zeros need not
+// be: the host's mapping has zeros where the memfd has nothing.
+func (p *Pager) touchPage(at place) error {
+	loc := p.src.Find(at.pfn())
+	if loc.Zero {
+		at.r.change(at.i, missing, hole)
+		return nil
+	}
+	p.counts.deviceFaults.Add(1)
+	since := time.Now()
+	defer func() { p.counts.stalled.Add(int64(time.Since(since))) }()
+	l := p.loaders.Get().(*loader)
+	defer p.loaders.Put(l)
+	for at.r.get(at.i) < hole {
+		todo, err := p.plan(l, at, loc, time.Time{})
+		if err == nil {
+			err = p.perform(l, todo, at, loc)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// action is what whoever wants a page does now.
+type action int
+
+const (
+	nothing   action = iota // the page is there
+	wait                    // somebody else brings it
+	takeBlock               // load the block, which is taken already
+	takePage                // load the page alone, or with some neighbours
+)
+
+// plan decides how a page that is not zeros comes. If it is to wait, a guest's
+// fault has been put on hold, and a device, which gives no time, has been waiting
+// already. An error has been reported.
+func (p *Pager) plan(l *loader, at place, loc Location, since time.Time) (action, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	b, st, s := loc.Block, at.r.get(at.i), p.blocks[loc.Block]
+	switch {
+	case st == present:
+		return nothing, nil
+	case p.closed:
+		return nothing, fmt.Errorf("%w: page at GPA %#x", ErrClosed, at.pfn()*pageSize)
+	case s == blockFailed:
+		return nothing, p.failed[b]
+	}
+	pages := p.src.Pages(b)
+	own := loc.Slot < len(pages) && pages[loc.Slot] == at.pfn() // or it only equals the page that the slot was made for
+	batch := noBatch
+	switch {
+	case own && s >= blockBatch:
+		batch = int(s - blockBatch)
+		p.promote(batch)
+		if p.lookAhead(b) {
+			p.wanted.Broadcast()
+		}
+	case st == loading || own && s == blockLoading:
+	default:
+		p.note(b)
+		if own && s == blockIdle && p.started {
+			if i, ok := slices.BinarySearch(p.recorded, b); ok {
+				batch = p.batchRecorded(i, p.o.Window)
+			}
+			if batch != noBatch {
+				p.promote(batch)
+				p.wanted.Broadcast()
+				break
+			}
+		}
+		p.demands++
+		if p.walks == nil || !own || s != blockIdle {
+			return takePage, nil
+		}
+		p.take(b, blockLoading)
+		l.wakeWorkers = p.started && p.lookAhead(b)
+		return takeBlock, nil
+	}
+	if since.IsZero() {
+		p.waiting++
+		p.arrivals.Wait()
+		p.waiting--
+	} else {
+		p.hold(at, since, batch)
+	}
+	return wait, nil
+}
+
+// lookAhead tells the walks of a demand, and asks for what they want. mu is held.
+func (p *Pager) lookAhead(b Block) bool {
+	return p.walks != nil && p.askAhead(p.walks.Demand(int(b), p.loaded))
+}
+
+// perform does what plan decided.
+func (p *Pager) perform(l *loader, todo action, at place, loc Location) error {
+	switch todo {
+	case takeBlock:
+		err := p.loadBlock(l, loc.Block, at, demand)
+		p.finish(loc.Block, err, demand)
+		return err
+	case takePage:
+		err := p.loadPages(l, at, loc)
+		p.mu.Lock()
+		p.endDemand()
+		p.release(noBatch)
+		p.mu.Unlock()
+		return err
+	default:
+		return nil
+	}
+}
+
+// loadPages loads one page and, as the policy says, some that it can have with
+// little more work. An error has been reported.
+func (p *Pager) loadPages(l *loader, at place, loc Location) error {
+	if !at.r.change(at.i, missing, loading) {
+		return nil // somebody was faster, and whoever asked looks again
+	}
+	if err := p.loadPage(l.gather[:], at, loc); err != nil {
+		return err
+	}
+	if err := p.install(at, l.gather[:pageSize], demand); err != nil {
+		return p.failPage(at, loc.Block, err)
+	}
+	lo, hi := at.i, at.i
+	switch {
+	case p.o.Policy&Physical != 0:
+		lo, hi = around(at, uint64(p.o.Pages))
+	case p.o.Policy&Locality != 0:
+		lo, hi = around(at, maxPhysical)
+	}
+	// Adjacent pages are gathered and installed together.
+	run := uint64(0)
+	for i := lo; i < hi; i++ {
+		near := place{at.r, i}
+		end := i
+		if nearby, ok := p.alongWith(near, loc); ok && near.r.change(i, missing, loading) {
+			if p.loadPage(l.gather[run*pageSize:], near, nearby) == nil {
+				if run++; run < BlockPages && i+1 < hi {
+					continue
+				}
+				end = i + 1
+			}
+		}
+		if run == 0 {
+			continue
+		}
+		if err := p.install(place{at.r, end - run}, l.gather[:run*pageSize], ahead); err != nil {
+			return p.failPage(place{at.r, end - run}, loc.Block, err)
+		}
+		run = 0
+	}
+	return nil
+}
+
+// around is the aligned group of so many pages in which a page lies.
+func around(at place, pages uint64) (lo, hi uint64) {
+	first := at.pfn() / pages * pages
+	return max(first, at.r.first) - at.r.first, min(first+pages-at.r.first, at.r.pages)
+}
+
+// alongWith tells whether a page near one that is demanded is brought with it,
+// and from where.
+func (p *Pager) alongWith(near place, loc Location) (Location, bool) {
+	if near.r.get(near.i) != missing {
+		return Location{}, false
+	}
+	nearby := p.src.Find(near.pfn())
+	if nearby.Zero || p.o.Policy&Physical != 0 {
+		return nearby, !nearby.Zero
+	}
+	// The demanded page equals one of another neighbourhood. If pages near it do,
+	// too, their bytes are at hand.
+	pages := p.src.Pages(nearby.Block)
+	return nearby, nearby.Block == loc.Block && nearby.Slot < len(pages) && pages[nearby.Slot] != near.pfn()
+}
+
+// loadPage reads a page that is marked as loading.
+func (p *Pager) loadPage(buf []byte, at place, loc Location) error {
+	if err := p.cache.page(p, loc.Block, loc.Slot, buf); err != nil {
+		return p.failPage(at, loc.Block, err)
+	}
+	return nil
+}
+
+// failPage gives a page up, and its block.
+func (p *Pager) failPage(at place, b Block, err error) error {
+	at.r.change(at.i, loading, missing)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.blocks[b] == blockIdle {
+		p.take(b, blockFailed)
+	}
+	p.failBlock(b, err)
+	p.arrivals.Broadcast()
+	return err
+}
