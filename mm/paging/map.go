@@ -143,7 +143,7 @@ func (m *Map) Lookup(gpa uint64) (Place, bool) {
 }
 
 func (m *Map) buildRank() {
-	m.rank = make([]uint32, m.ram.bits)
+	m.rank = make([]uint32, m.ram.pages)
 	for i, pfn := range m.order {
 		bit, _ := m.ram.bit(pfn)
 		m.rank[bit] = uint32(i + 1)

@@ -6,18 +6,16 @@ import (
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 )
 
-// ram numbers the pages of RAM, so that a bitmap has a bit for each and few for
-// what is not there.
+// ram numbers the pages of RAM, so that a bitmap has a bit for each.
 type ram struct {
 	parts []part // ascending
-	bits  uint64 // how many a bitmap needs
 	pages uint64
 }
 
 // part is a stretch of RAM, by page number.
 type part struct {
 	first, end uint64
-	bit        uint64 // of first; first and bit agree in their last 6 bits
+	bit        uint64 // number of first
 }
 
 // maxPages is how many pages can be numbered: 16 TiB of RAM, less one page.
@@ -31,9 +29,7 @@ func newRAM(ranges []guestmem.Range) (*ram, error) {
 			return nil, fmt.Errorf("%w: %d bytes at GPA %#x: ranges must be whole pages, ascending and disjoint", ErrRAM, g.Size, g.GPA)
 		}
 		end = g.GPA + g.Size
-		p := part{first: g.GPA >> pageShift, end: end >> pageShift}
-		p.bit = r.bits + p.first%64
-		r.bits = (p.bit + p.end - p.first + 63) &^ 63
+		p := part{first: g.GPA >> pageShift, end: end >> pageShift, bit: r.pages}
 		r.pages += p.end - p.first
 		r.parts = append(r.parts, p)
 	}
@@ -62,7 +58,7 @@ func (r *ram) bit(pfn uint64) (uint64, bool) {
 // bitmap has a bit for each page of a ram.
 type bitmap []uint64
 
-func (r *ram) bitmap() bitmap { return make(bitmap, r.bits/64) }
+func (r *ram) bitmap() bitmap { return make(bitmap, (r.pages+63)/64) }
 
 func (b bitmap) has(bit uint64) bool { return b[bit/64]>>(bit%64)&1 != 0 }
 func (b bitmap) set(bit uint64)      { b[bit/64] |= 1 << (bit % 64) }
