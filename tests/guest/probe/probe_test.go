@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -144,5 +145,22 @@ func TestPattern(t *testing.T) {
 	Pattern(other, 8, 512)
 	if Checksum(0, other) == Checksum(0, whole) || bytes.Equal(other, whole) {
 		t.Error("two seeds give one pattern")
+	}
+}
+
+func TestShuffled(t *testing.T) {
+	p := Shuffled(1000, 5)
+	seen := map[uint32]bool{}
+	for _, n := range p {
+		seen[n] = true
+	}
+	if len(seen) != len(p) || slices.Max(p) != 999 {
+		t.Errorf("not a permutation: %d different numbers up to %d", len(seen), slices.Max(p))
+	}
+	if slices.Equal(p, Shuffled(1000, 6)) || slices.IsSorted(p) {
+		t.Error("two seeds give one permutation, or none happens")
+	}
+	if len(Shuffled(0, 1)) != 0 || len(Shuffled(1, 1)) != 1 {
+		t.Error("short permutations")
 	}
 }

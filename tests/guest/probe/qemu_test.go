@@ -142,6 +142,72 @@ func TestMemoryWorkloads(t *testing.T) {
 	}
 }
 
+// TestPartsAndSums checks what the workloads for restores report against what
+// the host computes: the sums tell which pages were met, with what in them, and
+// in which order.
+func TestPartsAndSums(t *testing.T) {
+	const size, off, span = 8 << 20, 3 << 20, 2 << 20
+	const page = 4096
+	r := qemu{"kvm", "microvm"}.runGood(t, "fill size=8M seed=3; touch op=sum; touch op=sum order=reverse off=3M span=2M;"+
+		"fill off=3M span=2M seed=4; verify seed=3; verify off=3M span=2M seed=4; verify off=5M seed=3;"+
+		"map; chase off=3M span=2M seed=7; chase off=3M span=2M build=0 hops=1024; touch op=write off=8384512; verify off=5M seed=3")
+	memory := make([]byte, size)
+	Pattern(memory, 3, 0)
+	if got, want := value(t, r, "touch", 0, "sum"), Checksum(0, memory); got != want {
+		t.Errorf("sum %#x of all pages, want %#x", got, want)
+	}
+	var sum uint64
+	for at := off + span - page; at >= off; at -= page {
+		sum = Checksum(sum, memory[at:at+page])
+	}
+	if got, n := value(t, r, "touch", 1, "sum"), value(t, r, "touch", 1, "pages"); got != sum || n != span/page {
+		t.Errorf("sum %#x of %d pages backwards, want %#x", got, n, sum)
+	}
+	Pattern(memory[off:off+span], 4, off)
+	if got, want := value(t, r, "verify", 0, "sum"), Checksum(0, memory); got != want {
+		t.Errorf("sum %#x after a part was filled, want %#x", got, want)
+	}
+	for i, bad := range []uint64{span / page, 0, 0, 1} {
+		if got := value(t, r, "verify", i, "bad"); got != bad {
+			t.Errorf("verify %d: %d bad pages, want %d", i, got, bad)
+		}
+	}
+	if got := value(t, r, "verify", 3, "first"); got != (size-off-span)/page-1 {
+		t.Errorf("page %d was written to", got)
+	}
+
+	// The chase begins at the first page of its part, wherever that stands in the cycle.
+	va := value(t, r, "map", 0, "va")
+	cycle := Shuffled(span/page, 7)
+	next := make(map[uint64]uint64, len(cycle))
+	for i, n := range cycle {
+		next[uint64(n)] = uint64(cycle[(i+1)%len(cycle)])
+	}
+	sum = 0
+	for n, hop := uint64(0), 0; hop < 1024; hop++ {
+		node := binary.LittleEndian.AppendUint64(nil, va+off+next[n]*page)
+		node = append(node, memory[off+n*page+8:off+n*page+16]...)
+		sum = Checksum(sum, node)
+		n = next[n]
+		if hop+1 == span/page {
+			if got := value(t, r, "chase", 0, "sum"); got != sum {
+				t.Errorf("sum %#x once round, want %#x", got, sum)
+			}
+		}
+	}
+	if got := value(t, r, "chase", 1, "sum"); got != sum {
+		t.Errorf("sum %#x twice round, want %#x", got, sum)
+	}
+}
+
+func TestBadPartsAreErrors(t *testing.T) {
+	for _, words := range []string{"touch size=1M off=1M", "fill size=1M span=2M", "chase size=1M off=512k span=516k", "verify size=1M off=0xfffffffffffff000 span=4k"} {
+		if err := (qemu{"kvm", "microvm"}).run(t, words).Err(); !errors.Is(err, ErrWorkload) {
+			t.Errorf("%q: %v", words, err)
+		}
+	}
+}
+
 func TestFaultsAreReported(t *testing.T) {
 	for _, test := range []struct{ kind, vector, cr2 string }{
 		{"page", "14", "0x7eadbeef000"},

@@ -104,16 +104,22 @@ void work_spin(const struct work *w)
 	end();
 }
 
-/* wait says so and goes on when a line comes in at COM1 or the stop word is set. */
+/*
+ * wait says so and goes on when a line comes in at COM1 or the stop word is
+ * set; by=mailbox: only that, and the guest waits without exits.
+ */
 void work_wait(const struct work *w)
 {
 	line("wait");
 	kvs("for", word(w, "for", "line"));
 	end();
 	u64 pause = ms_to_cycles(1);
-	for (;;) {
+	if (same(word(w, "by", "line"), "mailbox"))
+		while (!mailbox->stop)
+			relax();
+	while (!mailbox->stop) {
 		int c = serial_byte();
-		if (c == '\n' || c == '\r' || mailbox->stop)
+		if (c == '\n' || c == '\r')
 			break;
 		for (u64 start = rdtsc(); c < 0 && rdtsc() - start < pause;)
 			relax();

@@ -235,5 +235,6 @@ void work_map(const struct work *w)
 	kv("pages", a->pages);
 	kvx("va", a->va);
 	kvx("root", pml4[a->va / SLOT_BYTES] & ~(PAGE - 1));
+	kvx("heap", heap_frame(0));
 	end();
 }

@@ -4,16 +4,37 @@
 /* A touch that takes longer than this many microseconds counts as slow: it met a fault. */
 #define SLOW_US 5
 
-static u64 *page_of(const struct arena *a, u64 index) { return (u64 *)(a->va + index * PAGE); }
+/* A part is what a workload uses of the arena: span bytes from off on, all of it by default. */
+struct part {
+	u64 va, pages;
+	u64 offset; /* in the arena, in bytes */
+};
 
-/*
- * touch reads or writes one word of each page. order=virtual|reverse|random
- * (seed), op=read|write, slow=US.
- */
-void work_touch(const struct work *w)
+static bool part_for(const struct work *w, struct part *part)
 {
 	struct arena *a = arena_for(w);
 	if (!a)
+		return false;
+	u64 off = number(w, "off", 0) / PAGE;
+	u64 pages = number(w, "span", 0) / PAGE;
+	if (off >= a->pages || pages > a->pages - off) {
+		fail(w->name, "part");
+		return false;
+	}
+	*part = (struct part){a->va + off * PAGE, pages ? pages : a->pages - off, off * PAGE};
+	return true;
+}
+
+static u64 *page_of(const struct part *a, u64 index) { return (u64 *)(a->va + index * PAGE); }
+
+/*
+ * touch reads or writes one word of each page, or reads all of it and sums up.
+ * order=virtual|reverse|random (seed), op=read|write|sum, slow=US.
+ */
+void work_touch(const struct work *w)
+{
+	struct part part, *a = &part;
+	if (!part_for(w, a))
 		return;
 	u64 mark = meta_mark();
 	u32 *random = NULL;
@@ -23,16 +44,19 @@ void work_touch(const struct work *w)
 		return;
 	}
 	bool reverse = same(order, "reverse");
-	bool write = same(word(w, "op", "read"), "write");
+	const char *op = word(w, "op", "read");
+	bool write = same(op, "write"), whole = same(op, "sum");
 	u64 slow_cycles = tsc_khz() * number(w, "slow", SLOW_US) / 1000;
 	u64 slow = 0, longest = 0, sum = 0;
 	u64 start = rdtsc(), before = start;
 	for (u64 i = 0; i < a->pages; i++) {
-		volatile u64 *p = page_of(a, random ? random[i] : reverse ? a->pages - 1 - i : i);
+		u64 *p = page_of(a, random ? random[i] : reverse ? a->pages - 1 - i : i);
 		if (write)
-			*p = i;
+			*(volatile u64 *)p = i;
+		else if (whole)
+			sum = checksum(sum, p, PAGE);
 		else
-			sum += *p;
+			sum += *(volatile u64 *)p;
 		u64 now = rdtsc();
 		if (now - before > slow_cycles)
 			slow++;
@@ -54,12 +78,13 @@ void work_touch(const struct work *w)
 
 /*
  * chase builds a random cycle of pointers, one node a page (build=0 keeps the
- * one that is there), and follows it for hops steps.
+ * one that is there), and follows it for hops steps. What it sums up is each
+ * node's pointer and the word behind it, which building leaves as it was.
  */
 void work_chase(const struct work *w)
 {
-	struct arena *a = arena_for(w);
-	if (!a)
+	struct part part, *a = &part;
+	if (!part_for(w, a))
 		return;
 	if (number(w, "build", 1)) {
 		u64 mark = meta_mark();
@@ -73,10 +98,11 @@ void work_chase(const struct work *w)
 		meta_release(mark);
 	}
 	u64 hops = number(w, "hops", a->pages);
-	volatile u64 *first = page_of(a, 0), *p = first;
-	u64 rounds = 0, start = rdtsc();
+	const u64 *first = page_of(a, 0), *p = first;
+	u64 rounds = 0, sum = 0, start = rdtsc();
 	for (u64 i = 0; i < hops; i++) {
-		p = (volatile u64 *)*p;
+		sum = checksum(sum, p, 16);
+		p = (const u64 *)*p;
 		rounds += p == first;
 	}
 	u64 cycles = rdtsc() - start;
@@ -86,6 +112,7 @@ void work_chase(const struct work *w)
 	kv("cycles", cycles);
 	kv("khz", tsc_khz());
 	kv("rounds", rounds);
+	kvx("sum", sum);
 	end();
 }
 
@@ -97,8 +124,8 @@ void work_chase(const struct work *w)
  */
 void work_dirty(const struct work *w)
 {
-	struct arena *a = arena_for(w);
-	if (!a)
+	struct part part, *a = &part;
+	if (!part_for(w, a))
 		return;
 	u64 rate = number(w, "rate", 0), ms = number(w, "ms", 0);
 	u64 writes = number(w, "writes", ms ? ~0ull : number(w, "rounds", 1) * a->pages);
@@ -142,41 +169,45 @@ void work_dirty(const struct work *w)
 	end();
 }
 
-/* fill writes the pattern of seed over the arena. */
+/* fill writes the pattern of seed. */
 void work_fill(const struct work *w)
 {
-	struct arena *a = arena_for(w);
-	if (!a)
+	struct part part, *a = &part;
+	if (!part_for(w, a))
 		return;
 	u64 start = rdtsc();
-	pattern_fill((u64 *)a->va, a->pages * PAGE, number(w, "seed", 1), 0);
+	pattern_fill((u64 *)a->va, a->pages * PAGE, number(w, "seed", 1), a->offset);
+	u64 cycles = rdtsc() - start;
 	line("fill");
 	kv("pages", a->pages);
-	kv("cycles", rdtsc() - start);
+	kv("cycles", cycles);
+	kv("khz", tsc_khz());
 	end();
 }
 
-/* verify compares the arena with the pattern of seed. */
+/* verify compares with the pattern of seed. */
 void work_verify(const struct work *w)
 {
-	struct arena *a = arena_for(w);
-	if (!a)
+	struct part part, *a = &part;
+	if (!part_for(w, a))
 		return;
 	u64 seed = number(w, "seed", 1), bad = 0, first = ~0ull, sum = 0;
 	u64 start = rdtsc();
 	for (u64 i = 0; i < a->pages; i++) {
-		if (pattern_check(page_of(a, i), PAGE, seed, i * PAGE)) {
+		if (pattern_check(page_of(a, i), PAGE, seed, a->offset + i * PAGE)) {
 			if (!bad++)
 				first = i;
 		}
 		sum = checksum(sum, page_of(a, i), PAGE);
 	}
+	u64 cycles = rdtsc() - start;
 	line("verify");
 	kv("pages", a->pages);
 	kv("bad", bad);
 	if (bad)
 		kv("first", first);
 	kvx("sum", sum);
-	kv("cycles", rdtsc() - start);
+	kv("cycles", cycles);
+	kv("khz", tsc_khz());
 	end();
 }
