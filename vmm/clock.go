@@ -46,3 +46,10 @@ func (c *clock) isStopped() bool {
 	defer c.mu.Unlock()
 	return c.stopped
 }
+
+// set makes Now() now while the clock is stopped.
+func (c *clock) set(now time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.frozen = now
+}

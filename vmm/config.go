@@ -56,6 +56,10 @@ type Config struct {
 	NoBalloon bool
 	NoRNG     bool
 
+	// Restore, where not nil, makes a machine that goes on where a saved one
+	// stood. Kernel may then be nil: the guest cannot reset itself.
+	Restore *Restore
+
 	// NoAssist keeps vmm/assist out even where ring 0 does not run natively.
 	NoAssist bool
 	// Paused: Run starts with the vCPUs stopped, until Resume.
@@ -162,7 +166,7 @@ func (c *Config) validate() error {
 		return fmt.Errorf("%w: %d bytes of memory: 1 MiB to 1 TiB are possible", ErrConfig, c.Memory)
 	case c.Memory%(1<<20) != 0:
 		return fmt.Errorf("%w: %d bytes of memory: must be whole MiB", ErrConfig, c.Memory)
-	case c.Kernel == nil:
+	case c.Kernel == nil && c.Restore == nil:
 		return fmt.Errorf("%w: no kernel: name a bzImage or an ELF vmlinux", ErrConfig)
 	case c.Vsock != nil && c.Vsock.Host == nil:
 		return fmt.Errorf("%w: the vsock device has no host side", ErrConfig)

@@ -149,7 +149,7 @@ func (m *Machine) Run(ctx context.Context) (Exit, error) {
 		r := m.takeRequest()
 		switch {
 		case r.kind == requestNone:
-		case r.kind == requestReset && !m.cfg.NoReboot:
+		case r.kind == requestReset && !m.cfg.NoReboot && m.cfg.Kernel != nil:
 			if err := m.reset(r); err != nil {
 				m.end(StatusInternalError)
 				return "", fmt.Errorf("%w: reset: %w", ErrRun, err)

@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/gnomon-vmm/gnomon/kvm"
@@ -23,8 +24,9 @@ type CPUState struct {
 // MSRs that count time. A reset leaves them alone, so that the vCPUs' clocks
 // stay together.
 const (
-	msrTSC       = 0x10
-	msrTSCAdjust = 0x3B
+	msrTSC         = 0x10
+	msrTSCAdjust   = 0x3B
+	msrTSCDeadline = 0x6E0
 )
 
 // saveState reads the vCPU's state. Preconditions: it stands at the gate, or
@@ -81,13 +83,75 @@ func (c *vcpu) allMSRs() ([]kvm.MSREntry, error) {
 // resetState takes the vCPU back to how KVM made it. Preconditions: it stands
 // at the gate.
 func (c *vcpu) resetState() error {
-	s := c.pristine
-	msrs := make([]kvm.MSREntry, 0, len(s.MSRs))
-	for _, m := range s.MSRs {
+	s := *c.pristine
+	s.MSRs = make([]kvm.MSREntry, 0, len(c.pristine.MSRs))
+	for _, m := range c.pristine.MSRs {
 		if m.Index != msrTSC && m.Index != msrTSCAdjust {
-			msrs = append(msrs, m)
+			s.MSRs = append(s.MSRs, m)
 		}
 	}
+	if err := c.writeState(&s); err != nil {
+		return err
+	}
+	if c.assist != nil {
+		return c.assist.Reset()
+	}
+	return nil
+}
+
+// checkpointState is saveState for a vCPU that is to go on elsewhere.
+func (c *vcpu) checkpointState() (*CPUState, error) {
+	s, err := c.saveState()
+	if err == nil && c.assist != nil {
+		c.assist.Undo(s.Regs.RIP, func() { s.Regs.RIP-- })
+	}
+	return s, err
+}
+
+// restoreState has the vCPU go on as another was saved. Preconditions: it has
+// not run yet.
+func (c *vcpu) restoreState(s *CPUState) error {
+	if s == nil {
+		return errors.New("no state")
+	}
+	if err := c.writeState(s); err != nil {
+		return err
+	}
+	if err := c.restoreDeadline(s); err != nil {
+		return err
+	}
+	if c.assist != nil {
+		return c.assist.Restore()
+	}
+	return nil
+}
+
+// restoreDeadline sets the local APIC's timer to go off after the time that was
+// left: where KVM cannot give the guest its old TSC, that is another value; and
+// the MSR takes none before the local APIC is in that mode.
+func (c *vcpu) restoreDeadline(s *CPUState) error {
+	var then, deadline uint64
+	for _, m := range s.MSRs {
+		switch m.Index {
+		case msrTSC:
+			then = m.Data
+		case msrTSCDeadline:
+			deadline = m.Data
+		}
+	}
+	if deadline == 0 {
+		return nil
+	}
+	now := []kvm.MSREntry{{Index: msrTSC}}
+	if _, err := c.GetMSRs(now); err != nil {
+		return fmt.Errorf("read TSC: %w", err)
+	}
+	return c.setMSRs([]kvm.MSREntry{{Index: msrTSCDeadline, Data: max(deadline-then+now[0].Data, 1)}})
+}
+
+// writeState writes all of s that KVM lets us. Preconditions: the vCPU stands
+// at the gate, or has not run yet.
+func (c *vcpu) writeState(s *CPUState) error {
 	// The special registers come before the local APIC, whose base and mode
 	// they hold; the MP state comes last, since the others may change it.
 	for _, part := range []struct {
@@ -98,7 +162,7 @@ func (c *vcpu) resetState() error {
 		{"XCRs", func() error { return c.SetXCRS(&s.XCRS) }},
 		{"XSAVE area", func() error { return c.SetXSave(s.XSave) }},
 		{"special registers", func() error { return c.SetSregs(&s.Sregs) }},
-		{"MSRs", func() error { return c.setMSRs(msrs) }},
+		{"MSRs", func() error { return c.setMSRs(s.MSRs) }},
 		{"local APIC", func() error { return c.SetLAPIC(&s.LAPIC) }},
 		{"debug registers", func() error { return c.SetDebugRegs(&s.DebugRegs) }},
 		{"events", func() error { return c.SetEvents(&s.Events) }},
@@ -107,9 +171,6 @@ func (c *vcpu) resetState() error {
 		if err := part.set(); err != nil {
 			return fmt.Errorf("vCPU %d: write %s: %w", c.id, part.name, err)
 		}
-	}
-	if c.assist != nil {
-		return c.assist.Reset()
 	}
 	return nil
 }

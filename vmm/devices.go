@@ -214,7 +214,10 @@ func (m *Machine) closeDevices() {
 
 // closeHost closes what Config gave the machine.
 func (m *Machine) closeHost() error {
-	errs := []error{m.cfg.Kernel.Close()}
+	var errs []error
+	if m.cfg.Kernel != nil {
+		errs = append(errs, m.cfg.Kernel.Close())
+	}
 	for _, d := range m.cfg.Disks {
 		errs = append(errs, d.Node.Close())
 	}

@@ -33,8 +33,10 @@ type Machine struct {
 	gate    *gate
 	clock   *clock
 
-	assisted   bool // vmm/assist is in the path
+	saved      *machineState // what Config.Restore says of the whole machine, or nil
+	assisted   bool          // vmm/assist is in the path
 	tscKHz     int
+	cpuid      []kvm.CPUIDEntry // what cpuidFor makes the vCPUs' tables of
 	entry      boot.Entry
 	interrupts interruptState // as KVM made the controllers: what a reset goes back to
 
@@ -56,11 +58,18 @@ type Machine struct {
 // New builds the machine: memory, vCPUs, devices, and the guest loaded. On an
 // error nothing is left behind and what cfg holds is still the caller's.
 func New(cfg Config) (*Machine, error) {
+	var saved *machineState
+	if cfg.Restore != nil {
+		var err error
+		if saved, err = cfg.applyRestore(); err != nil {
+			return nil, err
+		}
+	}
 	cfg.setDefaults()
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	m := &Machine{cfg: cfg, pid: os.Getpid(), status: StatusPrelaunch, startPaused: cfg.Paused, clock: newClock()}
+	m := &Machine{cfg: cfg, pid: os.Getpid(), saved: saved, status: StatusPrelaunch, startPaused: cfg.Paused, clock: newClock()}
 	m.requests.wake = make(chan struct{}, 1)
 	m.ended = make(chan struct{})
 	if err := m.build(); err != nil {
@@ -71,6 +80,10 @@ func New(cfg Config) (*Machine, error) {
 }
 
 func (m *Machine) build() error {
+	guest := m.load
+	if m.saved != nil {
+		guest = m.restore
+	}
 	for _, stage := range []struct {
 		sentinel error
 		name     string
@@ -81,7 +94,7 @@ func (m *Machine) build() error {
 		{ErrSetup, "interrupt controllers", m.buildInterrupts},
 		{ErrSetup, "vCPUs", m.buildCPUs},
 		{ErrSetup, "devices", m.buildDevices},
-		{ErrLoad, "", m.load},
+		{ErrLoad, "", guest},
 	} {
 		if err := stage.do(); err != nil {
 			if stage.name == "" {
@@ -140,6 +153,9 @@ func (m *Machine) buildMemory() error {
 			return err
 		}
 	}
+	if r := m.cfg.Restore; r != nil && r.Prepare != nil {
+		return r.Prepare(m.mem)
+	}
 	return nil
 }
 
@@ -162,9 +178,15 @@ func (m *Machine) buildInterrupts() error {
 }
 
 func (m *Machine) buildCPUs() error {
-	supported, err := m.sys.SupportedCPUID()
-	if err != nil {
+	var err error
+	if m.cpuid, err = m.sys.SupportedCPUID(); err != nil {
 		return err
+	}
+	if m.saved != nil {
+		if err := m.checkHost(m.saved); err != nil {
+			return err
+		}
+		m.cpuid = m.saved.CPUID // what the guest has seen stays
 	}
 	for id := range m.cfg.CPUs {
 		fd, err := m.vm.CreateVCPU(id)
@@ -178,7 +200,7 @@ func (m *Machine) buildCPUs() error {
 				m.tscKHz = int(khz)
 			}
 		}
-		if err := fd.SetCPUID(cpuidFor(supported, id, m.cfg.CPUs, m.tscKHz)); err != nil {
+		if err := fd.SetCPUID(cpuidFor(m.cpuid, id, m.cfg.CPUs, m.tscKHz)); err != nil {
 			return fmt.Errorf("vCPU %d: %w", id, err)
 		}
 		// Only our kick interrupts the guest, not what the Go runtime and

@@ -100,21 +100,13 @@ func start(t *testing.T, cmdline string, change func(*vmm.Config)) *running {
 // build makes a machine for the probe guest. Whoever runs it closes r.done afterwards.
 func build(t *testing.T, cmdline string, change func(*vmm.Config)) *running {
 	t.Helper()
-	elf, err := probe.Path()
-	if err != nil {
-		t.Fatal(err)
-	}
-	kernel, err := boot.OpenKernel(elf)
-	if err != nil {
-		t.Fatal(err)
-	}
 	r := &running{serial: newRecorder(), done: make(chan struct{})}
-	cfg := vmm.Config{Kernel: kernel, Cmdline: cmdline, Serial: r.serial, Memory: 64 << 20, Log: t.Logf}
+	cfg := vmm.Config{Kernel: probeKernel(t), Cmdline: cmdline, Serial: r.serial, Memory: 64 << 20, Log: t.Logf}
 	if change != nil {
 		change(&cfg)
 	}
-	r.Machine, err = vmm.New(cfg)
-	if err != nil {
+	var err error
+	if r.Machine, err = vmm.New(cfg); err != nil {
 		t.Fatal(err)
 	}
 	r.Observe(func(e vmm.Event) {
@@ -129,6 +121,19 @@ func build(t *testing.T, cmdline string, change func(*vmm.Config)) *running {
 		<-r.done
 	})
 	return r
+}
+
+func probeKernel(t testing.TB) *boot.Kernel {
+	t.Helper()
+	elf, err := probe.Path()
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel, err := boot.OpenKernel(elf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return kernel
 }
 
 // end waits for the machine's end and returns what the guest reported.

@@ -38,6 +38,13 @@ type assistant interface {
 	WroteMSR(index uint32, value uint64) error
 	// Reset forgets what was learnt of the guest.
 	Reset() error
+	// Restore learns it again of a vCPU whose state was loaded.
+	Restore() error
+	// Entered says that the guest has run.
+	Entered()
+	// Undo calls back when a vCPU that stands at rip has an INT3 behind it whose
+	// exception the guest has not got yet: KVM does not tell of that.
+	Undo(rip uint64, back func())
 }
 
 // kick makes the vCPU look at the gate soon, wherever its thread is.
@@ -110,6 +117,9 @@ func (c *vcpu) handle(err error) error {
 		return c.failed("KVM_RUN", err)
 	}
 	c.exits.Add(1)
+	if c.assist != nil {
+		c.assist.Entered()
+	}
 	switch c.ExitReason() {
 	case kvm.ExitIO:
 		c.portIO()

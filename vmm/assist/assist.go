@@ -72,6 +72,10 @@ type Assist struct {
 	entry   uint64 // where the kernel goes on after the SWAPGS at lstar
 	swapsGS bool   // lstar begins with SWAPGS
 	pfEntry uint64 // #PF handler, on which the hardware breakpoint stands
+
+	// afterINT3 is where the guest goes on from an INT3 whose #BP was injected
+	// and that may not have been delivered; 0: none.
+	afterINT3 uint64
 }
 
 // New makes the assist of one vCPU.
@@ -277,7 +281,20 @@ func (a *Assist) breakpoint(r *kvm.Regs) error {
 	if err := a.cpu.SetEvents(&ev); err != nil {
 		return fmt.Errorf("inject #BP: %w", err)
 	}
+	a.afterINT3 = r.RIP
 	return nil
+}
+
+// Entered says that the guest has run since the last call of another method.
+func (a *Assist) Entered() { a.afterINT3 = 0 }
+
+// Undo calls back when the vCPU, at rip, has yet to get the #BP of the INT3
+// just before it. KVM_GET_VCPU_EVENTS does not tell of it: it takes whoever
+// reads the state to perform the instruction again.
+func (a *Assist) Undo(rip uint64, back func()) {
+	if a.afterINT3 != 0 && a.afterINT3 == rip {
+		back()
+	}
 }
 
 // popcnt performs POPCNT between registers (F3 [REX] 0F B8 /r, mod 11).
