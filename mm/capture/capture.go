@@ -1,0 +1,409 @@
+// Package capture saves the memory of a machine as it is at one instant, while
+// the machine goes on.
+//
+// All pages are write-protected, by userfaultfd on the guest's mapping. From
+// the instant on, a page that the guest writes, or that a device is about to
+// access, is copied first; a sweeper copies the others in an order of the
+// caller's choice. Protecting takes time that grows with the memory, so it is
+// done ahead: only the pages written meanwhile are protected again during the
+// pause.
+package capture
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gnomon-vmm/gnomon/mm/dirty"
+	"github.com/gnomon-vmm/gnomon/mm/guestmem"
+	"github.com/gnomon-vmm/gnomon/mm/uffd"
+)
+
+const pageSize = guestmem.PageSize
+
+// Errors, each of which wraps its cause.
+var (
+	ErrSetup  = errors.New("memory cannot be captured")
+	ErrArm    = errors.New("memory cannot be write-protected")
+	ErrFreeze = errors.New("memory cannot be frozen")
+	ErrSave   = errors.New("captured memory cannot be saved")
+	ErrClosed = errors.New("the capture is over")
+)
+
+// Options bound what a capture takes.
+type Options struct {
+	// SideCopies is how many pages may be kept that were written before their
+	// turn came; when so many are, the guest's writes to further ones wait for
+	// the sweeper, which takes those next. 0 means 8192: 32 MiB.
+	SideCopies int
+	// Workers is how many goroutines copy pages and hand them to the Writer. 0
+	// means one for each processor, but at most 4.
+	Workers int
+}
+
+// phase is how far a capture has come.
+type phase int
+
+const (
+	idle   phase = iota
+	armed        // pages are protected; writes are noted
+	frozen       // the instant was; pages are kept before they are written
+	over         // protection is being lifted
+)
+
+// Capture is one capture of a machine's memory: New, Arm, Freeze, Save, and
+// Close at any time. It is the guestmem.Pager of its memory from Freeze on.
+type Capture struct {
+	mem     *guestmem.Memory
+	regions []region
+	fd      *uffd.FD
+	workers int
+
+	// life ends with Close.
+	life context.Context
+	end  context.CancelFunc
+
+	// mu makes the handling of a fault and the change of phase exclude each other.
+	mu      sync.Mutex
+	phase   phase         // guarded by mu
+	written *dirty.Bitmap // guarded by mu: pages written since they were protected
+	spare   *dirty.Bitmap // belongs to Arm
+	partial bool          // guarded by mu: only some pages are to be saved
+	failed  error         // guarded by mu: why faults cannot be answered
+	// registered is how many regions userfaultfd watches. Guarded by mu.
+	registered int
+
+	pages  pages
+	isOver atomic.Bool // phase == over
+
+	// waiting are calls of Touch that wait for the sweeper.
+	waiting struct {
+		sync.Mutex
+		sync.Cond
+	}
+	// urgent has pages that someone waits for. When it is full, the page's turn
+	// comes when the sweeper gets there.
+	urgent chan uint32
+
+	reader  sync.WaitGroup
+	saving  sync.Mutex // held by Save
+	closing sync.Once
+	closed  error // what Close returns, written once
+
+	count counters
+}
+
+// region is where a stretch of RAM lies. A page's index is its number in the memfd.
+type region struct {
+	firstPFN, firstIndex, pages uint64
+	host                        []byte
+	guest                       uintptr
+}
+
+// New prepares a capture of mem. It needs a kernel with userfaultfd write
+// protection for shared memory.
+func New(mem *guestmem.Memory, o Options) (*Capture, error) {
+	if o.SideCopies <= 0 {
+		o.SideCopies = 8192
+	}
+	if o.Workers <= 0 {
+		o.Workers = min(4, runtime.GOMAXPROCS(0))
+	}
+	total := mem.Size() / pageSize
+	if total >= 1<<32-1 || o.SideCopies > maxSlots/2 {
+		return nil, fmt.Errorf("%w: %d pages with %d side copies are too many", ErrSetup, total, o.SideCopies)
+	}
+	fd, err := uffd.Open(uffd.FeatureWP | uffd.FeatureWPShmem)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrSetup, err)
+	}
+	c := &Capture{
+		mem: mem, fd: fd, workers: o.Workers,
+		written: dirty.NewBitmapOf(mem), spare: dirty.NewBitmapOf(mem),
+		urgent: make(chan uint32, 256),
+	}
+	c.life, c.end = context.WithCancel(context.Background())
+	c.waiting.L = &c.waiting.Mutex
+	for _, r := range mem.Regions() {
+		c.regions = append(c.regions, region{
+			firstPFN: r.GPA / pageSize, firstIndex: r.Offset / pageSize, pages: r.Size / pageSize,
+			host: r.Bytes(), guest: uffd.Address(r.GuestBytes()),
+		})
+	}
+	c.pages.init(total, o.SideCopies)
+	return c, nil
+}
+
+const (
+	// protectBytes is how much is protected or let go in one system call: page
+	// faults wait for it, or for a part of it.
+	protectBytes = 32 << 20
+	// mergeGap is the most pages between two runs that are cheaper to protect
+	// once more than by another system call.
+	mergeGap = 32
+	// armPasses and armEnough bound how often, and for how many pages, what was
+	// written while protecting is protected again before the pause.
+	armPasses = 4
+	armEnough = 256
+)
+
+// Arm write-protects the guest's memory while the machine runs: all of it, or
+// the pages of only. A page that the guest writes until Freeze costs it one
+// fault. Arm takes time that grows with the memory.
+//
+// With only, these are the pages that were written since the parent checkpoint,
+// collected just before; Freeze gets those written since.
+func (c *Capture) Arm(only *dirty.Bitmap) error {
+	if only != nil && !only.SameMemory(c.written) {
+		return fmt.Errorf("%w: %w", ErrArm, dirty.ErrRanges)
+	}
+	c.mu.Lock()
+	if c.phase != idle {
+		defer c.mu.Unlock()
+		return fmt.Errorf("%w: %w", ErrArm, c.misplaced())
+	}
+	c.phase, c.partial = armed, only != nil
+	c.reader.Go(c.readFaults)
+	for ; c.registered < len(c.regions); c.registered++ {
+		r := &c.regions[c.registered]
+		if err := c.fd.Register(r.guest, uintptr(r.pages*pageSize), uffd.WP); err != nil {
+			c.mu.Unlock()
+			return fmt.Errorf("%w: %w", ErrArm, err)
+		}
+	}
+	c.mu.Unlock()
+
+	if only == nil {
+		only = dirty.NewBitmapOf(c.mem)
+		only.SetAll()
+	}
+	var err error
+	only.Runs(func(pfn, n uint64) {
+		r := c.regionOf(pfn)
+		first := r.firstIndex + pfn - r.firstPFN
+		for i := first; i < first+n; i++ {
+			c.pages.state[i].Store(pending)
+		}
+		if err == nil {
+			err = c.protect(r, pfn, n)
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrArm, err)
+	}
+	// The longer the first pass took, the more was written meanwhile: that must
+	// not be left to the pause.
+	for range armPasses {
+		if more, err := c.protectWritten(); err != nil {
+			return fmt.Errorf("%w: %w", ErrArm, err)
+		} else if !more {
+			break
+		}
+	}
+	return nil
+}
+
+// protectWritten protects again what was written, unless that is not much.
+func (c *Capture) protectWritten() (bool, error) {
+	c.mu.Lock()
+	if c.phase != armed {
+		defer c.mu.Unlock()
+		return false, c.misplaced()
+	}
+	if c.written.Count() <= armEnough {
+		c.mu.Unlock()
+		return false, nil
+	}
+	c.written, c.spare = c.spare, c.written
+	c.mu.Unlock()
+	err := c.protectRuns(c.spare)
+	c.spare.Reset()
+	return true, err
+}
+
+// misplaced says why something cannot be done now. Preconditions: mu is held.
+func (c *Capture) misplaced() error {
+	switch c.phase {
+	case over:
+		return errors.Join(ErrClosed, c.failed)
+	case idle:
+		return errors.New("nothing is protected yet")
+	case armed:
+		return errors.New("the memory is protected already")
+	}
+	return errors.New("the memory is frozen already")
+}
+
+// protectRuns write-protects all pages in b, and perhaps some between them.
+func (c *Capture) protectRuns(b *dirty.Bitmap) error {
+	var err error
+	var in *region
+	var from, end uint64 // of the run that grows
+	flush := func() {
+		if in != nil && err == nil {
+			err = c.protect(in, from, end-from)
+		}
+	}
+	b.Runs(func(pfn, n uint64) {
+		r := c.regionOf(pfn)
+		if in == r && pfn-end <= mergeGap {
+			end = pfn + n
+			return
+		}
+		flush()
+		in, from, end = r, pfn, pfn+n
+	})
+	flush()
+	return err
+}
+
+// protect write-protects n pages of a region.
+func (c *Capture) protect(r *region, pfn, n uint64) error {
+	addr, left := r.guest+uintptr((pfn-r.firstPFN)*pageSize), uintptr(n*pageSize)
+	for left > 0 {
+		step := min(left, protectBytes)
+		if err := retry(func() error { return c.fd.WriteProtect(addr, step, true, false) }); err != nil {
+			return fmt.Errorf("%d bytes at page %#x: %w", n*pageSize, pfn, err)
+		}
+		c.count.protectCalls.Add(1)
+		addr, left = addr+step, left-step
+	}
+	return nil
+}
+
+// Freeze makes the memory as it is now what Save saves. The machine stands and
+// its devices are drained; when Freeze has returned it may go on. more, if not
+// nil, are further pages to save besides those given to Arm. The time it takes
+// grows with the pages written since Arm, not with the memory. Save must
+// follow soon: when there is no more room for side copies, writers wait for it.
+func (c *Capture) Freeze(more *dirty.Bitmap) error {
+	began := time.Now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.phase != armed {
+		return fmt.Errorf("%w: %w", ErrFreeze, c.misplaced())
+	}
+	if more != nil && c.partial {
+		if err := c.written.Merge(more); err != nil {
+			return fmt.Errorf("%w: %w", ErrFreeze, err)
+		}
+		more.Runs(func(pfn, n uint64) {
+			r := c.regionOf(pfn)
+			first := r.firstIndex + pfn - r.firstPFN
+			for i := first; i < first+n; i++ {
+				c.pages.state[i].Store(pending)
+			}
+		})
+	}
+	before := c.count.protectCalls.Load()
+	c.count.rewritten.Store(c.written.Count())
+	if err := c.protectRuns(c.written); err != nil {
+		return fmt.Errorf("%w: %w", ErrFreeze, err)
+	}
+	c.count.freezeCalls.Store(c.count.protectCalls.Load() - before)
+	c.keepPinned()
+	c.phase = frozen
+	c.mem.AddPager(c)
+	c.count.frozenFor.Store(int64(time.Since(began)))
+	return nil
+}
+
+// keepPinned copies the pages that devices write without asking.
+func (c *Capture) keepPinned() {
+	pinned := c.mem.Pinned()
+	c.pages.reserve(len(pinned))
+	for _, gpa := range pinned {
+		if i, ok := c.indexOf(gpa / pageSize); ok && c.pages.keepReserved(i, c.hostPage(i)) {
+			c.count.pinned.Add(1)
+		}
+	}
+}
+
+// Close lifts the protection, wakes whoever waits for a page, and ends a Save
+// that is under way. A second Close returns what the first did.
+func (c *Capture) Close() error {
+	c.end()
+	c.letGo()
+	c.saving.Lock() // Save has ended
+	defer c.saving.Unlock()
+	return c.closed
+}
+
+// letGo ends the capture: no page is kept any more.
+func (c *Capture) letGo() {
+	c.closing.Do(func() {
+		c.mu.Lock()
+		registered := c.regions[:c.registered]
+		c.phase = over
+		c.isOver.Store(true)
+		c.mu.Unlock()
+		c.mem.RemovePager(c)
+		c.wakeTouching()
+
+		var errs []error
+		// Piece by piece: the kernel holds all page faults off while it lets
+		// go of one.
+		for _, r := range registered {
+			for at := uintptr(0); at < uintptr(r.pages*pageSize); at += protectBytes {
+				step := min(uintptr(r.pages*pageSize)-at, protectBytes)
+				if err := c.fd.Unregister(r.guest+at, step); err != nil {
+					errs = append(errs, err)
+				}
+			}
+		}
+		errs = append(errs, c.fd.Close()) // wakes the rest
+		c.reader.Wait()
+		c.closed = errors.Join(errs...)
+	})
+}
+
+// regionOf returns the region of a page that is RAM.
+func (c *Capture) regionOf(pfn uint64) *region {
+	for i := range c.regions {
+		if r := &c.regions[i]; pfn-r.firstPFN < r.pages {
+			return r
+		}
+	}
+	return nil
+}
+
+// indexOf returns the index of a page by its number.
+func (c *Capture) indexOf(pfn uint64) (uint32, bool) {
+	r := c.regionOf(pfn)
+	if r == nil {
+		return 0, false
+	}
+	return uint32(r.firstIndex + pfn - r.firstPFN), true
+}
+
+// regionAt returns the region of a page by its index.
+func (c *Capture) regionAt(i uint32) *region {
+	for j := range c.regions {
+		if r := &c.regions[j]; uint64(i)-r.firstIndex < r.pages {
+			return r
+		}
+	}
+	return nil
+}
+
+// hostPage is a page's bytes in the host's mapping.
+func (c *Capture) hostPage(i uint32) []byte {
+	r := c.regionAt(i)
+	at := (uint64(i) - r.firstIndex) * pageSize
+	return r.host[at : at+pageSize : at+pageSize]
+}
+
+// retry repeats a call that the kernel could not do at the moment.
+func retry(call func() error) error {
+	for {
+		err := call()
+		if !temporary(err) {
+			return err
+		}
+		runtime.Gosched()
+	}
+}
