@@ -60,6 +60,10 @@ type Config struct {
 	// stood. Kernel may then be nil: the guest cannot reset itself.
 	Restore *Restore
 
+	// DirtyRing is the size of each vCPU's dirty ring, in pages; 0: dirty pages
+	// are found by KVM's log.
+	DirtyRing int
+
 	// NoAssist keeps vmm/assist out even where ring 0 does not run natively.
 	NoAssist bool
 	// Paused: Run starts with the vCPUs stopped, until Resume.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"github.com/gnomon-vmm/gnomon/kvm"
+	"github.com/gnomon-vmm/gnomon/mm/dirty"
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 	"github.com/gnomon-vmm/gnomon/vmm/chardev"
 	"github.com/gnomon-vmm/gnomon/vmm/device"
@@ -22,6 +23,9 @@ func (m *Machine) Assisted() bool { return m.assisted }
 
 // Memory is the guest's RAM.
 func (m *Machine) Memory() *guestmem.Memory { return m.mem }
+
+// Dirty tells which pages of memory were written, once it is started.
+func (m *Machine) Dirty() *dirty.Tracker { return m.dirty }
 
 // Disks are the machine's disks in the order of Config.
 func (m *Machine) Disks() []AttachedDisk { return m.disks }

@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/gnomon-vmm/gnomon/kvm"
+	"github.com/gnomon-vmm/gnomon/mm/dirty"
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 	"github.com/gnomon-vmm/gnomon/vmm/assist"
 	"github.com/gnomon-vmm/gnomon/vmm/boot"
@@ -23,6 +24,8 @@ type Machine struct {
 	sys *kvm.System
 	vm  *kvm.VM
 	mem *guestmem.Memory
+	// dirty knows which pages were written, while it is on.
+	dirty *dirty.Tracker
 
 	pio, mmio *device.Bus
 	pci       *device.PCIHost
@@ -153,6 +156,9 @@ func (m *Machine) buildMemory() error {
 			return err
 		}
 	}
+	if m.dirty, err = dirty.New(m.vm, m.mem, dirty.Options{RingEntries: m.cfg.DirtyRing}); err != nil {
+		return err
+	}
 	if r := m.cfg.Restore; r != nil && r.Prepare != nil {
 		return r.Prepare(m.mem)
 	}
@@ -195,6 +201,9 @@ func (m *Machine) buildCPUs() error {
 		}
 		c := &vcpu{VCPU: fd, m: m, id: id}
 		m.cpus = append(m.cpus, c)
+		if err := m.dirty.AddVCPU(fd); err != nil {
+			return fmt.Errorf("vCPU %d: %w", id, err)
+		}
 		if id == 0 {
 			if khz, err := fd.TSCKHz(); err == nil {
 				m.tscKHz = int(khz)

@@ -152,8 +152,10 @@ func TestRestoreRefuses(t *testing.T) {
 		"null":            {edit("cpu0", func(s *vmm.Section) { s.Data = []byte("null") }), nil, []string{"cpu0"}},
 		"other devices":   {sections, func(c *vmm.Config) { c.NoRNG = true }, []string{"slot 1", "another device"}},
 		"no machine":      {sections[1:], nil, []string{"machine"}},
-		"other kind of host": {machine(func(m map[string]any) { m["Assisted"] = !m["Assisted"].(bool) }), nil,
-			[]string{"host", "ring 0", "VT-x"}[:1]},
+		"other kind of host": {
+			machine(func(m map[string]any) { m["Assisted"] = !m["Assisted"].(bool) }), nil,
+			[]string{"host", "ring 0", "VT-x"}[:1],
+		},
 		"lost CPU feature": {machine(func(m map[string]any) {
 			for _, e := range m["CPUID"].([]any) {
 				if e := e.(map[string]any); e["Function"] == 7.0 && e["Index"] == 0.0 {

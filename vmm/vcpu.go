@@ -136,6 +136,8 @@ func (c *vcpu) handle(err error) error {
 		c.m.Reset("triple fault")
 	case kvm.ExitSystemEvent:
 		c.m.systemEvent(c.SystemEvent())
+	case kvm.ExitDirtyRingFull:
+		return c.m.dirty.RingFull()
 	case kvm.ExitDebug:
 		if c.assist == nil {
 			return c.failed("unexpected debug exit", nil)
