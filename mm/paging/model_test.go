@@ -197,7 +197,7 @@ func (g *guest) set(gpa uint64, index, e uint64) {
 	}
 }
 
-// maps a page as tr says; the tables above it allow everything.
+// mapPage maps a page as tr says; the tables above it allow everything.
 func (g *guest) mapPage(root Root, gva uint64, tr Translation) {
 	at, level := root.GPA, root.levels()
 	for ; uint64(1)<<(12+9*(level-1)) != tr.Size; level-- {
