@@ -260,9 +260,28 @@ func TestInstant(t *testing.T) {
 					}
 				}
 			}
+			// A second writer in the guest's mapping, as another vCPU is: the
+			// kernel writes there for us.
+			source := randomFile(t, rng)
+			kernelWrites := func(seed uint64) {
+				rng := rand.New(rand.NewPCG(seed, 3))
+				for !stop.Load() {
+					r := m.mem.Regions()[rng.IntN(2)]
+					first := max(r.GPA, memguest.Free) - r.GPA
+					at := first + rng.Uint64N(r.Size-first)
+					into := r.GuestBytes()[at:min(at+rng.Uint64N(3*pageSize)+1, r.Size)]
+					if n, err := unix.Pread(source, into, rng.Int64N(pageSize)); err != nil || n != len(into) {
+						t.Errorf("write %d bytes at %#x: %d, %v", len(into), r.GPA+at, n, err)
+						return
+					}
+					for before := stores.Load(); stores.Load() == before && !stop.Load(); {
+						runtime.Gosched()
+					}
+				}
+			}
 			run := func() {
 				stop.Store(false)
-				for _, f := range []func(uint64){guestRuns, deviceRuns} {
+				for _, f := range []func(uint64){guestRuns, deviceRuns, kernelWrites} {
 					seed := rng.Uint64()
 					writers.Go(func() { f(seed) })
 				}
@@ -327,6 +346,24 @@ func TestInstant(t *testing.T) {
 			}
 		})
 	}
+}
+
+// randomFile is a descriptor of four random pages.
+func randomFile(t *testing.T, rng *rand.Rand) int {
+	t.Helper()
+	fd, err := unix.MemfdCreate("random", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	var data []byte
+	for range 4 * pageSize / 8 {
+		data = binary.LittleEndian.AppendUint64(data, rng.Uint64())
+	}
+	if _, err := unix.Pwrite(fd, data, 0); err != nil {
+		t.Fatal(err)
+	}
+	return fd
 }
 
 // TestAllMemoryRewritten: between the first block and the second, the guest
@@ -431,16 +468,20 @@ func TestHoles(t *testing.T) {
 	if err := m.mem.Write(2500*pageSize, []byte{1}); err != nil {
 		t.Fatal(err)
 	}
+	// What becomes a hole now was none at the instant.
+	if err := m.mem.Discard(1000*pageSize, 10*pageSize); err != nil {
+		t.Fatal(err)
+	}
 	w := newWriter()
 	if err := c.Save(t.Context(), w, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	w.compare(t, want, nil)
 	s := c.Stats()
-	if s.CopiedByFault != 50 || s.CopiedByTouch != 1 || s.Swept != uint64(before) || s.SideCopies > 1 {
-		t.Errorf("%d pages before, 50 and 1 touched since: %+v", before, s)
+	if s.CopiedByFault != 50 || s.CopiedByTouch != 11 || s.Swept != uint64(before)-10 || s.SideCopies > 11 {
+		t.Errorf("%d pages before, 50 and 1 touched and 10 discarded since: %+v", before, s)
 	}
-	if after := m.allocated(); after != before+51 {
+	if after := m.allocated(); after != before+41 {
 		t.Errorf("%d pages were allocated, %d after", before, after)
 	}
 	if len(w.order) != int(before)+51 {
@@ -592,6 +633,27 @@ func TestSaveFails(t *testing.T) {
 			}
 			w2.compare(t, content, nil)
 		})
+	}
+}
+
+// TestFaultsCannotBeAnswered: when reading faults fails, nobody stays stuck and
+// nothing is saved.
+func TestFaultsCannotBeAnswered(t *testing.T) {
+	m := newMachine(t, layout)
+	m.store(1000, 2000, 1)
+	c := newCapture(t, m.mem, Options{SideCopies: 1})
+	if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
+		t.Fatal(err)
+	}
+	var stuck sync.WaitGroup
+	stuck.Go(func() { m.store(1000, 2000, 2) })
+	for c.Stats().Waited == 0 {
+		runtime.Gosched()
+	}
+	c.fail(unix.EIO)
+	stuck.Wait()
+	if err := c.Save(t.Context(), newWriter(), nil, nil); !errors.Is(err, ErrSave) || !errors.Is(err, ErrClosed) || !errors.Is(err, unix.EIO) {
+		t.Errorf("Save: %v", err)
 	}
 }
 

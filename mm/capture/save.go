@@ -77,6 +77,7 @@ func (c *Capture) save(ctx context.Context, cancel context.CancelCauseFunc, w Wr
 	s := &sweep{Capture: c, ctx: ctx, w: w, progress: progress, done: holes}
 	s.plan(order)
 	s.total = holes + uint64(len(s.sequence))
+	s.report(0)
 	var workers sync.WaitGroup
 	for range min(c.workers, max(1, len(s.claimed))) {
 		workers.Go(func() {
