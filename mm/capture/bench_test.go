@@ -36,6 +36,39 @@ func TestFreezeCountsWhatWasWritten(t *testing.T) {
 	}
 }
 
+// TestRearm: what was written since Arm is protected again before the pause, so
+// that the pause has little to do.
+func TestRearm(t *testing.T) {
+	m := newMachine(t, []guestmem.Range{{Size: 64 << 20}})
+	c := newCapture(t, m.mem, Options{})
+	if err := c.Rearm(); !errors.Is(err, ErrArm) {
+		t.Errorf("Rearm before Arm: %v", err)
+	}
+	if err := c.Arm(nil); err != nil {
+		t.Fatal(err)
+	}
+	m.store(1000, 2000, 1)
+	if err := c.Rearm(); err != nil {
+		t.Fatal(err)
+	}
+	m.store(1500, 10, 2)
+	if err := c.Freeze(nil); err != nil {
+		t.Fatal(err)
+	}
+	if s := c.Stats(); s.FaultsArming != 2010 || s.Rewritten != 10 || s.FreezeCalls != 1 {
+		t.Errorf("10 of 2000 pages were written again: %+v", s)
+	}
+	if err := c.Rearm(); !errors.Is(err, ErrArm) {
+		t.Errorf("Rearm after Freeze: %v", err)
+	}
+	want, w := m.content(), newWriter()
+	m.store(1000, 2000, 3)
+	if err := c.Save(t.Context(), w, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	w.compare(t, want, nil)
+}
+
 // sink is a Writer that does nothing.
 type sink struct{}
 

@@ -55,8 +55,8 @@ const (
 	over         // protection is being lifted
 )
 
-// Capture is one capture of a machine's memory: New, Arm, Freeze, Save, and
-// Close at any time. It is the guestmem.Pager of its memory from Freeze on.
+// Capture is one capture of a machine's memory: New, Arm, Rearm if need be,
+// Freeze, Save, one after the other, and Close at any time. It is the guestmem.Pager of its memory from Freeze on.
 type Capture struct {
 	mem     *guestmem.Memory
 	regions []region
@@ -71,7 +71,7 @@ type Capture struct {
 	mu      sync.Mutex
 	phase   phase         // guarded by mu
 	written *dirty.Bitmap // guarded by mu: pages written since they were protected
-	spare   *dirty.Bitmap // belongs to Arm
+	spare   *dirty.Bitmap // belongs to Arm and Rearm, of which one runs at a time
 	partial bool          // guarded by mu: only some pages are to be saved
 	failed  error         // guarded by mu: why faults cannot be answered
 	// registered is how many regions userfaultfd watches. Guarded by mu.
@@ -195,8 +195,15 @@ func (c *Capture) Arm(only *dirty.Bitmap) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrArm, err)
 	}
-	// The longer the first pass took, the more was written meanwhile: that must
-	// not be left to the pause.
+	// The longer this took, the more was written meanwhile: that must not be
+	// left to the pause.
+	return c.Rearm()
+}
+
+// Rearm protects again what was written since it was protected, while the
+// machine runs, until not much is left for Freeze to do. Who lets time pass
+// after Arm calls it right before the pause.
+func (c *Capture) Rearm() error {
 	for range armPasses {
 		if more, err := c.protectWritten(); err != nil {
 			return fmt.Errorf("%w: %w", ErrArm, err)
@@ -233,7 +240,7 @@ func (c *Capture) misplaced() error {
 	case idle:
 		return errors.New("nothing is protected yet")
 	case armed:
-		return errors.New("the memory is protected already")
+		return errors.New("the memory is protected already, and not frozen")
 	}
 	return errors.New("the memory is frozen already")
 }

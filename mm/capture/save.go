@@ -35,9 +35,12 @@ const BlockPages = 64
 func (c *Capture) Save(ctx context.Context, w Writer, order []uint64, progress func(done, total uint64)) error {
 	c.saving.Lock()
 	defer c.saving.Unlock()
-	if err := c.mayPass(frozen); err != nil {
-		return fmt.Errorf("%w: %w", ErrSave, err)
+	c.mu.Lock()
+	if c.phase != frozen {
+		defer c.mu.Unlock()
+		return fmt.Errorf("%w: %w", ErrSave, c.misplaced())
 	}
+	c.mu.Unlock()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	stop := context.AfterFunc(c.life, func() { cancel(ErrClosed) })
@@ -52,19 +55,6 @@ func (c *Capture) Save(ctx context.Context, w Writer, order []uint64, progress f
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		return fmt.Errorf("%w: %w", ErrSave, errors.Join(err, c.failed))
-	}
-	return nil
-}
-
-// mayPass tells whether the capture has come to a phase and not further.
-func (c *Capture) mayPass(want phase) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.phase == armed && want == frozen {
-		return errors.New("the memory is not frozen yet")
-	}
-	if c.phase != want {
-		return c.misplaced()
 	}
 	return nil
 }
