@@ -8,9 +8,9 @@ package locality
 // with a stream or two.
 const maxWalks = 8
 
-// maxGap is how many blocks, all of them loaded by others, a walk may seem to
-// have jumped over.
-const maxGap = 1024
+// sureWindow is the window of a walk that can no longer be chance. Such a walk
+// may seem to jump, by some windows, over blocks that others have loaded.
+const sureWindow = 4
 
 // Walks recognises, among the blocks that are demanded, walks that go from one
 // block to the next or to the one before, and says what to load ahead of them:
@@ -82,13 +82,13 @@ func (s *walk) advance(b, ahead, blocks int, loaded func(b int) bool) (from, to 
 			s.lo, s.hi = from, b+1
 		}
 		return from, to, true
-	case (s.window == 0 || s.forward) && follows(s.hi, b, loaded):
+	case (s.window == 0 || s.forward) && s.reaches(s.hi, b, loaded):
 		s.forward = true
 		s.window = min(max(2*s.window, 1), ahead)
 		from, to = b+1, min(b+1+s.window, blocks)
 		s.lo, s.hi = b, max(to, b+1)
 		return from, max(to, from), true
-	case (s.window == 0 || !s.forward) && follows(b+1, s.lo, loaded):
+	case (s.window == 0 || !s.forward) && s.reaches(b+1, s.lo, loaded):
 		s.forward = false
 		s.window = min(max(2*s.window, 1), ahead)
 		from, to = max(b-s.window, 0), b
@@ -99,10 +99,10 @@ func (s *walk) advance(b, ahead, blocks int, loaded func(b int) bool) (from, to 
 	}
 }
 
-// follows tells whether b is next after the blocks before end, or would be had
+// reaches tells whether b is next after the blocks before end, or would be had
 // others not loaded all that lies between.
-func follows(end, b int, loaded func(b int) bool) bool {
-	if b < end || b-end > maxGap {
+func (s *walk) reaches(end, b int, loaded func(b int) bool) bool {
+	if b < end || b > end && (s.window < sureWindow || b-end > 4*s.window) {
 		return false
 	}
 	for ; end < b; end++ {

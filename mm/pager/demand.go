@@ -48,19 +48,17 @@ func (p *Pager) fail(err error) {
 // guestFault answers one fault, or leaves it to whoever loads the page. A fault
 // whose page cannot be had is never answered.
 func (p *Pager) guestFault(l *loader, at place, since time.Time) {
-	var loc Location
-	st := at.r.get(at.i)
-	if st < hole {
-		loc = p.src.Find(at.pfn())
-	}
 	var err error
+	st, loc := at.r.get(at.i), p.src.Find(at.pfn())
 	switch {
+	case st == hole || loc.Zero && st != present:
+		err = p.zeroAround(at)
+	case st == present && p.holdLate(at, loc, since):
+		return
 	case st == present:
 		// It was given back since, as a balloon does, and is zeros now; or the fault
 		// is late, and is answered by there being a page.
 		err = p.zeroRun(at, 1)
-	case st == hole || loc.Zero:
-		err = p.zeroAround(at)
 	default:
 		var todo action
 		if todo, err = p.plan(l, at, loc, since); err != nil {
@@ -68,7 +66,6 @@ func (p *Pager) guestFault(l *loader, at place, since time.Time) {
 		}
 		switch todo {
 		case wait:
-			p.counts.heldFaults.Add(1)
 			return // release answers, and counts the time
 		case nothing:
 			err = p.u.Wake(at.r.addrOf(at.i), pageSize)
@@ -83,6 +80,23 @@ func (p *Pager) guestFault(l *loader, at place, since time.Time) {
 		return
 	}
 	p.counts.stalled.Add(int64(time.Since(since)))
+}
+
+// holdLate puts a fault on a page that has come meanwhile on hold, if more of
+// its batch is to come.
+func (p *Pager) holdLate(at place, loc Location, since time.Time) bool {
+	if loc.Zero {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := p.blocks[loc.Block]
+	if s < blockBatch || p.closed {
+		return false
+	}
+	p.hold(at, since, int(s-blockBatch))
+	p.counts.heldFaults.Add(1)
+	return true
 }
 
 // Touch loads the pages of n bytes from gpa on that are missing. It is cheap
@@ -183,7 +197,9 @@ func (p *Pager) plan(l *loader, at place, loc Location, since time.Time) (action
 			return takePage, nil
 		}
 		p.take(b, blockLoading)
-		l.wakeWorkers = p.started && p.lookAhead(b)
+		if l.walking = p.started && p.lookAhead(b); l.walking {
+			p.wanted.Broadcast()
+		}
 		return takeBlock, nil
 	}
 	if since.IsZero() {
@@ -192,6 +208,7 @@ func (p *Pager) plan(l *loader, at place, loc Location, since time.Time) (action
 		p.waiting--
 	} else {
 		p.hold(at, since, batch)
+		p.counts.heldFaults.Add(1)
 	}
 	return wait, nil
 }
@@ -229,7 +246,7 @@ func (p *Pager) loadPages(l *loader, at place, loc Location) error {
 	if err := p.loadPage(l.gather[:], at, loc); err != nil {
 		return err
 	}
-	if err := p.install(at, l.gather[:pageSize], demand); err != nil {
+	if err := p.install(at, l.gather[:pageSize], demand, true); err != nil {
 		return p.failPage(at, loc.Block, err)
 	}
 	lo, hi := at.i, at.i
@@ -255,7 +272,7 @@ func (p *Pager) loadPages(l *loader, at place, loc Location) error {
 		if run == 0 {
 			continue
 		}
-		if err := p.install(place{at.r, end - run}, l.gather[:run*pageSize], ahead); err != nil {
+		if err := p.install(place{at.r, end - run}, l.gather[:run*pageSize], ahead, true); err != nil {
 			return p.failPage(place{at.r, end - run}, loc.Block, err)
 		}
 		run = 0

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -24,6 +25,7 @@ type fake struct {
 	at     map[uint64]Location // what is not there is zeros
 	fail   map[Block]error
 	short  map[Block]bool // give fewer pages than promised
+	quiet  bool           // do not count reads
 
 	mu    sync.Mutex
 	gate  func(Block)   // called before a block is read
@@ -43,13 +45,15 @@ func (f *fake) Find(pfn uint64) Location {
 }
 
 func (f *fake) Read(b Block, buf []byte) ([]byte, int, error) {
-	f.mu.Lock()
-	f.reads[b]++
-	gate := f.gate
-	f.mu.Unlock()
 	f.total.Add(1)
-	if gate != nil {
-		gate(b)
+	if !f.quiet {
+		f.mu.Lock()
+		f.reads[b]++
+		gate := f.gate
+		f.mu.Unlock()
+		if gate != nil {
+			gate(b)
+		}
 	}
 	if err := f.fail[b]; err != nil {
 		return nil, 0, err
@@ -64,9 +68,10 @@ func (f *fake) Read(b Block, buf []byte) ([]byte, int, error) {
 	return buf[:n*pageSize], n * 100, nil
 }
 
-// fill writes what page pfn of a source holds.
+// fill writes what page pfn of a source holds: numbers among zeros, in places
+// that are the same in all pages, so that what a buffer held before is gone.
 func fill(p []byte, pfn uint64) {
-	for i := 0; i < len(p); i += 8 {
+	for i := 0; i < len(p); i += 1016 {
 		binary.LittleEndian.PutUint64(p[i:], pfn*0x9e3779b97f4a7c15+uint64(i)+1)
 	}
 }
@@ -139,6 +144,36 @@ func newMachine(t testing.TB, f *fake, o Options) *machine {
 	return &machine{t, f, mem, p}
 }
 
+// quiesce waits until nobody loads anything, apart from the background.
+func (m *machine) quiesce() {
+	m.quiesceBatches()
+	m.until(func() bool { return m.p.demands == 0 && len(m.p.held) == 0 })
+}
+
+// quiesceBatches waits until all that was asked for ahead has come.
+func (m *machine) quiesceBatches() {
+	m.until(func() bool {
+		left := 0
+		for i := range m.p.batches {
+			left += m.p.batches[i].left
+		}
+		return left == 0
+	})
+}
+
+// until waits for a state of the pager.
+func (m *machine) until(is func() bool) {
+	for {
+		m.p.mu.Lock()
+		ok := is()
+		m.p.mu.Unlock()
+		if ok {
+			return
+		}
+		runtime.Gosched()
+	}
+}
+
 // vcpu accesses the guest's mapping without allocating.
 type vcpu struct {
 	m      *machine
@@ -172,7 +207,7 @@ func (c *vcpu) read(pfn uint64, n int) ([]byte, error) {
 		return nil, fmt.Errorf("page %#x is not RAM", pfn)
 	}
 	got, err := unix.ProcessVMReadv(pid, c.local, c.remote, 0)
-	return c.buf[:got], err
+	return c.buf[:max(got, 0)], err
 }
 
 func (c *vcpu) write(pfn uint64, b []byte) error {
@@ -191,7 +226,7 @@ func (c *vcpu) see(pfn uint64) error {
 		return fmt.Errorf("page %#x: %w", pfn, err)
 	}
 	if !bytes.Equal(got, c.m.f.want(pfn)) {
-		return fmt.Errorf("page %#x holds %x..., want %x...", pfn, got[:16], c.m.f.want(pfn)[:16])
+		return fmt.Errorf("page %#x holds %x..., want %x...", pfn, got[:min(16, len(got))], c.m.f.want(pfn)[:16])
 	}
 	return nil
 }

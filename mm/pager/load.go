@@ -30,9 +30,8 @@ type loader struct {
 	gather [BlockPages * pageSize]byte // pages made adjacent
 	pages  [BlockPages]slotPage
 	faults [8]uffd.Fault
-	// wakeWorkers says that something was asked for, which is to be told to the
-	// workers once the demanded page is there.
-	wakeWorkers bool
+	// walking says that the demand continues a walk.
+	walking bool
 }
 
 // slotPage is a page to be installed from a slot of a block.
@@ -55,7 +54,9 @@ func (p *Pager) read(b Block, buf []byte) ([]byte, error) {
 	return pages, nil
 }
 
-// loadBlock installs what is missing of a block, first's page before the others.
+// loadBlock installs what is missing of a block. If somebody waits for a page,
+// it is answered before the others come; but a guest that walks will want them
+// all, and would only stumble over the next, so it waits for the whole block.
 func (p *Pager) loadBlock(l *loader, b Block, first place, from origin) error {
 	pages, err := p.cache.block(p, b, l.block[:])
 	if err != nil {
@@ -76,43 +77,41 @@ func (p *Pager) loadBlock(l *loader, b Block, first place, from origin) error {
 	}
 	todo := l.pages[:n]
 	slices.SortFunc(todo, func(a, b slotPage) int { return cmp.Compare(a.pfn(), b.pfn()) })
-	if from != demand {
-		runtime.Gosched() // demands first
-	}
-	if first.r != nil {
-		for i := 0; i < n; {
-			end := i + runLength(todo[i:])
-			if todo[i].r == first.r && first.i >= todo[i].i && first.i <= todo[end-1].i {
-				if err := p.installRun(l, todo[i:end], pages, from); err != nil {
-					p.unclaim(todo)
-					return err
-				}
-				p.answered(l)
-				todo = slices.Delete(todo, i, end)
-				break
-			}
-			i = end
+	wake := from != ahead
+	if from == demand {
+		if wake = !l.walking; wake {
+			putFirst(todo, first)
 		}
 	}
 	for len(todo) > 0 {
+		if from != demand {
+			runtime.Gosched() // demands first
+		}
 		n := runLength(todo)
-		if err := p.installRun(l, todo[:n], pages, from); err != nil {
+		if err := p.installRun(l, todo[:n], pages, from, wake); err != nil {
 			p.unclaim(todo)
 			return err
 		}
 		todo = todo[n:]
-		if from != demand {
-			runtime.Gosched()
-		}
+	}
+	if from == demand && !wake {
+		_ = p.u.Wake(first.r.addrOf(first.i), pageSize) // it fails if closed, and then all are awake
 	}
 	return nil
 }
 
-// answered is called when the demanded page has come.
-func (p *Pager) answered(l *loader) {
-	if l.wakeWorkers {
-		l.wakeWorkers = false
-		p.wanted.Broadcast()
+// putFirst puts the run with a page before the others.
+func putFirst(pages []slotPage, first place) {
+	for i := 0; i < len(pages); {
+		end := i + runLength(pages[i:])
+		if pages[i].r == first.r && first.i >= pages[i].i && first.i <= pages[end-1].i {
+			// Three reversals exchange what is before the run with the run.
+			slices.Reverse(pages[:i])
+			slices.Reverse(pages[i:end])
+			slices.Reverse(pages[:end])
+			return
+		}
+		i = end
 	}
 }
 
@@ -133,7 +132,7 @@ func runLength(pages []slotPage) int {
 }
 
 // installRun installs adjacent pages with one copy.
-func (p *Pager) installRun(l *loader, run []slotPage, block []byte, from origin) error {
+func (p *Pager) installRun(l *loader, run []slotPage, block []byte, from origin, wake bool) error {
 	n := len(run)
 	inOrder := true
 	for i := range run {
@@ -148,14 +147,15 @@ func (p *Pager) installRun(l *loader, run []slotPage, block []byte, from origin)
 		}
 		src = l.gather[:n*pageSize]
 	}
-	return p.install(run[0].place, src, from)
+	return p.install(run[0].place, src, from, wake)
 }
 
-// install copies whole pages to where they belong and marks them as present.
-func (p *Pager) install(at place, src []byte, from origin) error {
-	var mode uffd.CopyMode
-	if from == ahead {
-		mode = uffd.CopyDontWake // release decides when
+// install copies whole pages to where they belong and marks them as present. If
+// it is not to wake who waits for them, release or the caller will.
+func (p *Pager) install(at place, src []byte, from origin, wake bool) error {
+	mode := uffd.CopyDontWake
+	if wake {
+		mode = 0
 	}
 	pages := uint64(len(src) / pageSize)
 	for len(src) > 0 {
@@ -163,7 +163,9 @@ func (p *Pager) install(at place, src []byte, from origin) error {
 		p.counts.copies.Add(1)
 		n := uint64(done / pageSize)
 		if err == unix.EEXIST { // then whoever put it there, the page is there
-			_ = p.u.Wake(at.r.addrOf(at.i+n), pageSize)
+			if wake {
+				_ = p.u.Wake(at.r.addrOf(at.i+n), pageSize)
+			}
 			n, err = n+1, nil
 		}
 		at.r.arrived(at.i, n)

@@ -35,7 +35,7 @@ type Options struct {
 	Policy Policy
 	// Pages is how many pages, aligned, Physical brings at once; 64 if 0.
 	Pages int
-	// Window is how many blocks Locality asks for ahead of a walk at most; 16 (4
+	// Window is how many blocks Locality asks for ahead of a walk at most; 32 (8
 	// MiB) if 0.
 	Window int
 	// Workers load what is not demanded; 2 if 0.
@@ -55,7 +55,7 @@ type Options struct {
 const (
 	maxWindow       = 64
 	maxPhysical     = 512
-	defaultWindow   = 16
+	defaultWindow   = 32
 	defaultWorkers  = 2
 	defaultCache    = 64
 	defaultPhysical = 64

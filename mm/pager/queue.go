@@ -157,15 +157,16 @@ func (q *queue) askAhead(from, to int, forward bool) bool {
 	return q.batches[i].n > 0
 }
 
-// batchRecorded makes a batch of recorded blocks, those from the at-th on, and
-// returns its number or noBatch.
+// batchRecorded makes a batch of size recorded blocks, aligned, around the at-th,
+// and returns its number, or noBatch if none of them is idle.
 func (q *queue) batchRecorded(at, size int) int {
 	i := q.newBatch()
 	if i == noBatch {
 		return noBatch
 	}
-	for ; at < len(q.recorded) && q.batches[i].n < size; at++ {
-		q.add(i, q.recorded[at])
+	at = at / size * size
+	for _, b := range q.recorded[at:min(at+size, len(q.recorded))] {
+		q.add(i, b)
 	}
 	if q.batches[i].n == 0 {
 		return noBatch

@@ -40,7 +40,7 @@ func (p *Pager) sweepStep(l *loader) {
 			if p.loadPage(l.gather[:], at.place, at.loc) != nil {
 				break
 			}
-			if err := p.install(at.place, l.gather[:pageSize], sweeping); err != nil {
+			if err := p.install(at.place, l.gather[:pageSize], sweeping, true); err != nil {
 				_ = p.failPage(at.place, b, err) // which reports it
 				break
 			}
