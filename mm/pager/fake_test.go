@@ -24,8 +24,9 @@ type fake struct {
 	blocks [][]uint64
 	at     map[uint64]Location // what is not there is zeros
 	fail   map[Block]error
-	short  map[Block]bool // give fewer pages than promised
-	quiet  bool           // do not count reads
+	short  map[Block]bool    // give fewer pages than promised
+	quiet  bool              // do not count reads
+	bytes  map[uint64][]byte // of pages that hold something else than fill's pattern
 
 	mu    sync.Mutex
 	gate  func(Block)   // called before a block is read
@@ -63,7 +64,7 @@ func (f *fake) Read(b Block, buf []byte) ([]byte, int, error) {
 		n--
 	}
 	for i, pfn := range f.blocks[b][:n] {
-		fill(buf[i*pageSize:(i+1)*pageSize], pfn)
+		f.fill(buf[i*pageSize:(i+1)*pageSize], pfn)
 	}
 	return buf[:n*pageSize], n * 100, nil
 }
@@ -76,11 +77,22 @@ func fill(p []byte, pfn uint64) {
 	}
 }
 
+func (f *fake) fill(p []byte, pfn uint64) {
+	if f.bytes != nil {
+		clear(p)
+	}
+	if b, ok := f.bytes[pfn]; ok {
+		copy(p, b)
+		return
+	}
+	fill(p, pfn)
+}
+
 // want is what a page of RAM must hold.
 func (f *fake) want(pfn uint64) []byte {
 	p := make([]byte, pageSize)
 	if loc := f.Find(pfn); !loc.Zero {
-		fill(p, f.blocks[loc.Block][loc.Slot])
+		f.fill(p, f.blocks[loc.Block][loc.Slot])
 	}
 	return p
 }

@@ -36,25 +36,19 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 func RecordedPath(checkpoint string) string { return checkpoint + ".recorded" }
 
 // RecordedSet returns the blocks that the guest has wanted so far, for a later
-// run to begin with: those that were demanded, and brought along with what was,
-// in this order, and then those that the background brought and of which pages
-// were used since. Blocks that were brought along and not used are left out.
-// Where it cannot be known what was used (see Usage), nothing is left out and
-// nothing from the background added.
+// run to begin with: those that were demanded or loaded ahead, in this order, and
+// then those that the background brought and of which pages were used since, as
+// far as Usage can know.
 func (p *Pager) RecordedSet() []Block {
 	p.mu.Lock()
-	wanted := slices.Clone(p.demanded)
+	set := slices.Clone(p.demanded)
 	p.mu.Unlock()
 	used, err := p.usedBlocks()
 	if err != nil {
-		return wanted
+		return set
 	}
-	set := wanted[:0]
-	for _, b := range wanted {
-		if used[b] {
-			set = append(set, b)
-			used[b] = false
-		}
+	for _, b := range set {
+		used[b] = false
 	}
 	for b, is := range used {
 		if is {

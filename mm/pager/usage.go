@@ -13,15 +13,16 @@ import (
 // ErrUsage says that the kernel does not tell which pages were used.
 var ErrUsage = errors.New("it cannot be found out which pages were used")
 
-// Of the pages that were installed because they, or pages near them, were
-// demanded (those that the background brought do not count, nor zeros), Usage
-// tells how many were used since by the guest and how many were not.
+// Usage tells, of the pages that were installed because they, or pages near
+// them, were demanded (those that the background brought do not count, nor
+// zeros), how many the guest has used since and how many not.
 //
 // It goes by /proc/kpageflags, so it needs root: a page is clean and not
 // referenced when UFFDIO_COPY has installed it, and KVM marks it as dirty or
 // accessed when it maps it for the guest. Where KVM shadows the guest's page
 // tables it maps up to seven neighbours along with a page, if they are there;
-// these count as used. What only devices used counts as unused.
+// these count as used. What only devices used, or KVM's instruction emulator,
+// counts as unused.
 func (p *Pager) Usage() (used, unused int, err error) {
 	f, err := openPageFlags()
 	if err != nil {
