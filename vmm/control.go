@@ -90,6 +90,9 @@ func (m *Machine) Quit() {
 	m.request(request{kind: requestQuit, reason: "host-qmp-quit"})
 }
 
+// Fail ends the machine with an error: it cannot go on, and Run returns err.
+func (m *Machine) Fail(err error) { m.request(request{kind: requestFail, err: err}) }
+
 // PressPowerButton presses the ACPI power button; what follows is the guest's choice.
 func (m *Machine) PressPowerButton() {
 	m.power.PressPowerButton()
@@ -156,6 +159,7 @@ func (m *Machine) Run(ctx context.Context) (Exit, error) {
 			}
 		case r.kind == requestFail:
 			m.end(StatusInternalError)
+			m.events.emit(Failed{r.err})
 			return "", r.err
 		default:
 			return m.finish(r), nil
@@ -232,6 +236,11 @@ func (m *Machine) resume() error {
 	if err := m.startDevices(); err != nil {
 		return err
 	}
+	if m.saved != nil && m.Status() == StatusPrelaunch {
+		for _, n := range m.nets {
+			n.Device.Announce() // the network may know the guest elsewhere
+		}
+	}
 	m.setStatus(StatusRunning)
 	m.events.emit(Resumed{})
 	m.gate.release(holdUser)
@@ -253,7 +262,7 @@ func (m *Machine) stopDevices() {
 }
 
 func (m *Machine) startDevices() error {
-	if err := m.restoreKVMClock(); err != nil {
+	if err := m.startKVMClock(); err != nil {
 		return err
 	}
 	m.clock.start()

@@ -34,6 +34,8 @@ type (
 		Guest  bool
 		Reason string
 	}
+	// Failed: the machine cannot go on, and Run returns Err.
+	Failed struct{ Err error }
 	// PoweredDown: the ACPI power button was pressed.
 	PoweredDown struct{}
 	// Panicked: the guest's kernel told of its panic through pvpanic.
@@ -58,6 +60,7 @@ func (Resumed) event()        {}
 func (Shutdown) event()       {}
 func (Reset) event()          {}
 func (PoweredDown) event()    {}
+func (Failed) event()         {}
 func (Panicked) event()       {}
 func (BalloonChanged) event() {}
 func (DeviceBroken) event()   {}

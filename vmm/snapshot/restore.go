@@ -1,0 +1,144 @@
+package snapshot
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+
+	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
+	"github.com/gnomon-vmm/gnomon/mm/guestmem"
+	"github.com/gnomon-vmm/gnomon/mm/pager"
+	"github.com/gnomon-vmm/gnomon/vmm"
+)
+
+// Image is an opened checkpoint from which machines can be made.
+type Image struct {
+	path   string
+	reader *checkpoint.Reader
+	state  []vmm.Section
+	recipe []byte
+}
+
+// Open opens a checkpoint and its parents.
+func Open(path string) (*Image, error) {
+	r, err := checkpoint.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrRestore, err)
+	}
+	i := &Image{path: path, reader: r}
+	if err := i.read(); err != nil {
+		r.Close()
+		return nil, fmt.Errorf("%w: %w", ErrRestore, err)
+	}
+	return i, nil
+}
+
+// read reads all sections. One that is not known is refused by its name: it
+// holds something that the machine would lack.
+func (i *Image) read() error {
+	for _, s := range i.reader.Sections() {
+		version, data, err := i.reader.Section(s.Name)
+		if err != nil {
+			return err
+		}
+		name, state := strings.CutPrefix(s.Name, statePrefix)
+		switch {
+		case state:
+			i.state = append(i.state, vmm.Section{Name: name, Version: version, Data: data})
+		case s.Name != sectionRecipe:
+			return fmt.Errorf("%s: section %q is not known: it was made by a newer Gnomon", i.path, s.Name)
+		case version > sectionVersion:
+			return fmt.Errorf("%s: section %q has version %d, of a newer Gnomon", i.path, s.Name, version)
+		default:
+			i.recipe = data
+		}
+	}
+	return nil
+}
+
+// Recipe is what NewSaver was given; nil: nothing.
+func (i *Image) Recipe() []byte { return i.recipe }
+
+// Close closes the files, once all machines made from them have loaded their
+// memory or are closed.
+func (i *Image) Close() error { return i.reader.Close() }
+
+// Options say how a machine's memory is loaded.
+type Options struct {
+	Policy pager.Policy
+	// NoBackground leaves in the file what nobody asks for.
+	NoBackground bool
+	// Pager, where not nil, changes the pager's further options.
+	Pager func(*pager.Options)
+	// ClockGoesOn and KeepGenerationID are vmm.Restore's.
+	ClockGoesOn, KeepGenerationID bool
+}
+
+// Machine is a machine whose memory is being loaded.
+type Machine struct {
+	*vmm.Machine
+	Pager *pager.Pager
+
+	image *Image
+}
+
+// Restore makes a machine of the checkpoint; Run has it go on. cfg describes the
+// same devices as those of the machine that was saved. A machine whose memory
+// cannot be loaded pauses.
+func (i *Image) Restore(cfg vmm.Config, o Options) (*Machine, error) {
+	m := &Machine{image: i}
+	ready := make(chan struct{}) // closed when m.Machine is set, or is not going to be
+	po := pager.Options{Policy: o.Policy, Background: !o.NoBackground}
+	if o.Policy&pager.Recorded != 0 {
+		var err error
+		if po.Recorded, err = pager.LoadRecorded(pager.RecordedPath(i.path), i.reader.ID()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("%w: %w", ErrRestore, err)
+		}
+	}
+	if o.Pager != nil {
+		o.Pager(&po)
+	}
+	log := cfg.Log
+	po.OnError = func(err error) {
+		<-ready
+		if m.Machine != nil {
+			m.Machine.Fail(fmt.Errorf("%w: %w", ErrRestore, err))
+			m.Pager.Close() // which ends the wait of who wants that memory
+		} else if log != nil {
+			log("%v", err)
+		}
+	}
+	cfg.Restore = &vmm.Restore{
+		Sections: i.state, ClockGoesOn: o.ClockGoesOn, KeepGenerationID: o.KeepGenerationID,
+		Prepare: func(mem *guestmem.Memory) (err error) {
+			if m.Pager, err = pager.New(mem, i.reader, po); err == nil {
+				m.Pager.Start()
+			}
+			return err
+		},
+	}
+	machine, err := vmm.New(cfg)
+	if err != nil {
+		if m.Pager != nil {
+			m.Pager.Close()
+		}
+		close(ready)
+		return nil, fmt.Errorf("%w: %w", ErrRestore, err)
+	}
+	m.Machine = machine
+	close(ready)
+	return m, nil
+}
+
+// Close closes the machine, and the pager.
+func (m *Machine) Close() error {
+	// A vCPU or a device that waits for a page must not be waited for.
+	return errors.Join(m.Pager.Close(), m.Machine.Close())
+}
+
+// SaveRecorded keeps which blocks were wanted so far beside the checkpoint, for
+// the policy pager.Recorded of later restores.
+func (m *Machine) SaveRecorded() error {
+	return pager.SaveRecorded(pager.RecordedPath(m.image.path), m.image.reader.ID(), m.Pager.RecordedSet())
+}

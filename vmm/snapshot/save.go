@@ -1,0 +1,276 @@
+// Package snapshot saves a machine into a checkpoint file while it runs, and
+// makes a machine of such a file that runs before its memory has been read.
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/gnomon-vmm/gnomon/mm/capture"
+	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
+	"github.com/gnomon-vmm/gnomon/mm/dirty"
+	"github.com/gnomon-vmm/gnomon/mm/guestmem"
+	"github.com/gnomon-vmm/gnomon/mm/paging"
+	"github.com/gnomon-vmm/gnomon/vmm"
+)
+
+// Errors by stage; each is wrapped around its cause.
+var (
+	ErrSave    = errors.New("save machine")
+	ErrRestore = errors.New("restore machine")
+)
+
+// Sections of the checkpoint file beside the machine's state, whose names begin
+// with statePrefix.
+const (
+	sectionRecipe = "recipe"
+	statePrefix   = "state:"
+
+	sectionVersion = 1
+)
+
+// SaveOptions say how a machine is saved.
+type SaveOptions struct {
+	// Parent is the path of the machine's last checkpoint; the new file then
+	// holds only what changed since. "": it holds everything.
+	Parent string
+	// Stop keeps the machine paused until the file is complete.
+	Stop bool
+	// Progress, where not nil, is told how many bytes of memory are done.
+	Progress func(done, total int64)
+}
+
+// Report tells what saving a machine took.
+type Report struct {
+	File   string
+	ID     checkpoint.ID
+	Parent string // path; "": none
+	// Prepared is how long the machine ran while the save was prepared, Pause for
+	// how long it then stood still, Total how long it all took.
+	Prepared, Pause, Total time.Duration
+
+	Memory  capture.Stats
+	Written checkpoint.WriteStats
+}
+
+// Saver saves one machine, as often as wanted.
+type Saver struct {
+	m      *vmm.Machine
+	recipe []byte
+
+	mu   sync.Mutex    // held while saving: one save at a time
+	last checkpoint.ID // what the next save can continue; guarded by mu
+	// since are pages written since the last checkpoint that an attempt at its
+	// child collected and did not save; guarded by mu.
+	since *dirty.Bitmap
+}
+
+// NewSaver makes a machine's Saver; one machine has one. recipe is kept in each
+// checkpoint for whoever restores it: how to make a machine like this one.
+func NewSaver(m *vmm.Machine, recipe []byte) *Saver {
+	return &Saver{m: m, recipe: recipe, since: dirty.NewBitmapOf(m.Memory())}
+}
+
+// Save saves the machine into a new file at path, as it is at one instant
+// during the call. A machine that ran goes on, whether saving succeeds or not.
+func (s *Saver) Save(ctx context.Context, path string, o SaveOptions) (*Report, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r, err := s.save(ctx, path, o)
+	if err != nil {
+		return nil, fmt.Errorf("%w %s: %w", ErrSave, s.m.Name(), err)
+	}
+	return r, nil
+}
+
+// save is Save with mu held.
+func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, error) {
+	begin := time.Now()
+	r := &Report{File: path, Parent: o.Parent}
+	if err := s.checkParent(o.Parent); err != nil {
+		return nil, err
+	}
+	mem := s.m.Memory()
+	w, err := checkpoint.Create(path, checkpoint.CreateOptions{Memory: ranges(mem), Parent: o.Parent})
+	if err != nil {
+		return nil, err
+	}
+	defer w.Abort()
+	c, err := capture.New(mem, capture.Options{})
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+
+	// Ahead of the pause: what takes time that grows with the memory.
+	order, err := Order(s.m)
+	if err != nil {
+		return nil, err
+	}
+	tracker := s.m.Dirty()
+	var only *dirty.Bitmap
+	if o.Parent != "" {
+		if err := tracker.CollectInto(s.since); err != nil {
+			return nil, err
+		}
+		only = s.since
+	} else {
+		if err := tracker.Start(); err != nil {
+			return nil, err
+		}
+		// What was written up to now need not be collected during the pause.
+		if err := tracker.Collect(func(uint64, uint64) {}); err != nil {
+			return nil, err
+		}
+	}
+	if err := c.Arm(only); err != nil {
+		return nil, err
+	}
+	if err := c.Rearm(); err != nil {
+		return nil, err
+	}
+	r.Prepared = time.Since(begin)
+
+	sections, resume, err := s.freeze(c, o, r)
+	if err != nil {
+		return nil, err
+	}
+	defer resume()
+	for _, section := range sections {
+		if err := w.Section(statePrefix+section.Name, section.Version, section.Data); err != nil {
+			return nil, err
+		}
+	}
+	if len(s.recipe) > 0 {
+		if err := w.Section(sectionRecipe, sectionVersion, s.recipe); err != nil {
+			return nil, err
+		}
+	}
+	if err := c.Save(ctx, w, order, func(done, total uint64) {
+		if o.Progress != nil {
+			o.Progress(int64(done*guestmem.PageSize), int64(total*guestmem.PageSize))
+		}
+	}); err != nil {
+		return nil, err
+	}
+	if err := w.Commit(); err != nil {
+		return nil, err
+	}
+	s.last = w.ID()
+	s.since.Reset()
+	r.ID, r.Memory, r.Written, r.Total = w.ID(), c.Stats(), w.Stats(), time.Since(begin)
+	return r, nil
+}
+
+// freeze pauses the machine, takes its state and makes its memory of this
+// instant what c saves. The machine goes on when freeze returns, or, with
+// Options.Stop or after an error of Save, when resume is called.
+func (s *Saver) freeze(c *capture.Capture, o SaveOptions, r *Report) (sections []vmm.Section, resume func() error, err error) {
+	running := s.m.Status() == vmm.StatusRunning
+	paused := time.Now()
+	if err := s.m.Pause(); err != nil {
+		return nil, nil, err
+	}
+	resume = sync.OnceValue(func() error {
+		if !running {
+			return nil
+		}
+		err := s.m.Resume()
+		r.Pause = time.Since(paused)
+		return err
+	})
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, resume())
+		}
+	}()
+	if sections, err = s.m.SaveState(); err != nil {
+		return nil, nil, err
+	}
+	var more *dirty.Bitmap
+	if o.Parent != "" {
+		more = dirty.NewBitmapOf(s.m.Memory())
+	}
+	if more != nil {
+		if err = s.m.Dirty().CollectInto(more); err == nil {
+			err = s.since.Merge(more)
+		}
+	} else {
+		// What was written until now is in this file.
+		err = s.m.Dirty().Collect(func(uint64, uint64) {})
+		s.since.Reset()
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	if err = c.Freeze(more); err != nil {
+		return nil, nil, err
+	}
+	if !o.Stop {
+		err = resume()
+	}
+	return sections, resume, err
+}
+
+// checkParent refuses a parent that is not the machine's last checkpoint. mu is held.
+func (s *Saver) checkParent(path string) error {
+	if path == "" {
+		return nil
+	}
+	p, err := checkpoint.Open(path)
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	if p.ID() != s.last || s.last == (checkpoint.ID{}) {
+		return fmt.Errorf("%w: %s is not the last checkpoint that was taken of this machine: continue that one, or save everything", checkpoint.ErrParent, filepath.Base(path))
+	}
+	return nil
+}
+
+func ranges(mem *guestmem.Memory) []guestmem.Range {
+	var all []guestmem.Range
+	for _, r := range mem.Regions() {
+		all = append(all, r.Range)
+	}
+	return all
+}
+
+// Order lists a machine's pages in the order in which its guest sees them, by
+// the page tables of its vCPUs and of what else can be found. The machine stands
+// still for a moment, in which registers are read.
+func Order(m *vmm.Machine) ([]uint64, error) {
+	var cpus []paging.Root
+	if err := m.Stopped(func() error {
+		for i := range m.CPUs() {
+			s, err := m.CPUState(i)
+			if err != nil {
+				return err
+			}
+			if root, ok := paging.RootOfCPU(s.Sregs.CR0, s.Sregs.CR3, s.Sregs.CR4, s.Sregs.EFER); ok {
+				cpus = append(cpus, root)
+			}
+		}
+		return nil
+	}); err != nil {
+		return nil, err
+	}
+	mem := m.Memory()
+	populated, err := paging.Populated(mem)
+	if err != nil {
+		return nil, err
+	}
+	roots, err := paging.FindRoots(mem, populated, cpus...)
+	if err != nil {
+		return nil, err
+	}
+	pages, err := paging.NewMap(mem, ranges(mem), roots)
+	if err != nil {
+		return nil, err
+	}
+	return pages.Order(), nil
+}
