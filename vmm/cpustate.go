@@ -90,7 +90,7 @@ func (c *vcpu) resetState() error {
 			s.MSRs = append(s.MSRs, m)
 		}
 	}
-	if err := c.writeState(&s); err != nil {
+	if err := c.writeState(&s, c.setMSRs); err != nil {
 		return err
 	}
 	if c.assist != nil {
@@ -102,11 +102,23 @@ func (c *vcpu) resetState() error {
 // checkpointState is saveState for a vCPU that is to go on elsewhere.
 func (c *vcpu) checkpointState() (*CPUState, error) {
 	s, err := c.saveState()
-	if err == nil && c.assist != nil {
-		c.assist.Undo(s.Regs.RIP, func() { s.Regs.RIP-- })
+	if err != nil {
+		return nil, err
 	}
-	return s, err
+	if s.Sregs.CR4&cr4VMXE != 0 || s.Sregs.EFER&eferSVME != 0 {
+		return nil, fmt.Errorf("vCPU %d: the guest runs virtual machines of its own, whose state cannot be saved: unload its KVM first", c.id)
+	}
+	if c.assist != nil && c.assist.INT3Again(s.Regs.RIP) {
+		s.Regs.RIP--
+	}
+	return s, nil
 }
+
+// Bits that turn on virtualisation in the guest.
+const (
+	cr4VMXE  = 1 << 13
+	eferSVME = 1 << 12
+)
 
 // restoreState has the vCPU go on as another was saved. Preconditions: it has
 // not run yet.
@@ -114,7 +126,10 @@ func (c *vcpu) restoreState(s *CPUState) error {
 	if s == nil {
 		return errors.New("no state")
 	}
-	if err := c.writeState(s); err != nil {
+	if err := c.fitXSave(s); err != nil {
+		return err
+	}
+	if err := c.writeState(s, c.setEveryMSR); err != nil {
 		return err
 	}
 	if err := c.restoreDeadline(s); err != nil {
@@ -122,6 +137,46 @@ func (c *vcpu) restoreState(s *CPUState) error {
 	}
 	if c.assist != nil {
 		return c.assist.Restore()
+	}
+	return nil
+}
+
+// fitXSave makes the XSAVE area as large as this host's, which may have room for
+// more; what the guest has in it must have room too.
+func (c *vcpu) fitXSave(s *CPUState) error {
+	size := c.XSaveSize()
+	if len(s.XSave) < minXSave {
+		return fmt.Errorf("XSAVE area of %d bytes", len(s.XSave))
+	}
+	for _, b := range s.XSave[min(size, len(s.XSave)):] {
+		if b != 0 {
+			return fmt.Errorf("XSAVE area of %d bytes, and this host has room for %d", len(s.XSave), size)
+		}
+	}
+	area := make([]byte, size)
+	copy(area, s.XSave)
+	s.XSave = area
+	return nil
+}
+
+// minXSave is the legacy region and the header (Intel SDM volume 1, section 13.4).
+const minXSave = 576
+
+// setEveryMSR writes MSRs, and refuses those that do not take their values.
+func (c *vcpu) setEveryMSR(entries []kvm.MSREntry) error {
+	for len(entries) > 0 {
+		n, err := c.SetMSRs(entries)
+		if err != nil {
+			return err
+		}
+		if entries = entries[n:]; n > 0 {
+			continue
+		}
+		is := [1]kvm.MSREntry{{Index: entries[0].Index}}
+		if n, err := c.GetMSRs(is[:]); err != nil || n != 1 || is[0].Data != entries[0].Data {
+			return fmt.Errorf("MSR %#x does not take the value %#x here", entries[0].Index, entries[0].Data)
+		}
+		entries = entries[1:]
 	}
 	return nil
 }
@@ -149,9 +204,9 @@ func (c *vcpu) restoreDeadline(s *CPUState) error {
 	return c.setMSRs([]kvm.MSREntry{{Index: msrTSCDeadline, Data: max(deadline-then+now[0].Data, 1)}})
 }
 
-// writeState writes all of s that KVM lets us. Preconditions: the vCPU stands
+// writeState writes all of s, the MSRs by setMSRs. Preconditions: the vCPU stands
 // at the gate, or has not run yet.
-func (c *vcpu) writeState(s *CPUState) error {
+func (c *vcpu) writeState(s *CPUState, setMSRs func([]kvm.MSREntry) error) error {
 	// The special registers come before the local APIC, whose base and mode
 	// they hold; the MP state comes last, since the others may change it.
 	for _, part := range []struct {
@@ -162,7 +217,7 @@ func (c *vcpu) writeState(s *CPUState) error {
 		{"XCRs", func() error { return c.SetXCRS(&s.XCRS) }},
 		{"XSAVE area", func() error { return c.SetXSave(s.XSave) }},
 		{"special registers", func() error { return c.SetSregs(&s.Sregs) }},
-		{"MSRs", func() error { return c.setMSRs(s.MSRs) }},
+		{"MSRs", func() error { return setMSRs(s.MSRs) }},
 		{"local APIC", func() error { return c.SetLAPIC(&s.LAPIC) }},
 		{"debug registers", func() error { return c.SetDebugRegs(&s.DebugRegs) }},
 		{"events", func() error { return c.SetEvents(&s.Events) }},

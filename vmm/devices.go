@@ -187,9 +187,6 @@ func (m *Machine) resetDevices() error {
 	m.rtc.Reset()
 	m.i8042.Reset()
 	m.power.Reset()
-	if err := m.generation.Place(); err != nil {
-		return err
-	}
 	return m.interrupts.write(m.vm)
 }
 

@@ -1,7 +1,10 @@
 package vmm
 
 import (
+	"encoding/binary"
 	"fmt"
+	"os"
+	"slices"
 	"strings"
 
 	"github.com/gnomon-vmm/gnomon/kvm"
@@ -44,15 +47,51 @@ var setByTheMachine = map[string]uint32{
 	"7.0.ECX": 1 << 4, // OSPKE follows CR4
 }
 
+// hostState is what a guest was shown of the host it was saved on.
+type hostState struct {
+	Assisted bool             // ring 0 was interpreted (vmm/assist)
+	TSCKHz   int              // rate of the time stamp counter
+	CPUID    []kvm.CPUIDEntry // what cpuidFor made the vCPUs' tables of
+	// Native are the CPU's own features, by Linux's names, where the guest sees
+	// those whatever its CPUID tables say: with Assisted.
+	Native []string `json:",omitempty"`
+}
+
+func (m *Machine) hostState() hostState {
+	s := hostState{Assisted: m.assisted, TSCKHz: m.tscKHz, CPUID: m.cpuid}
+	switch {
+	case m.saved != nil:
+		s.Native = m.saved.Host.Native // what it is shown here besides is not to be relied on
+	case m.assisted:
+		s.Native = nativeFeatures()
+	}
+	return s
+}
+
 // checkHost refuses a host that lacks what the saved guest was shown.
-func (m *Machine) checkHost(s *machineState) error {
+func (m *Machine) checkHost(s *hostState) error {
 	switch {
 	case s.Assisted && !m.assisted:
 		return fmt.Errorf("%w: it was saved on a host that interprets ring 0 (PVM), and its kernel was started to suit that; this host runs ring 0 natively: restore it on a PVM host", ErrRestore)
 	case !s.Assisted && m.assisted:
 		return fmt.Errorf("%w: it was saved on a host with VT-x or AMD-V, which this host lacks: restore it on one that has it", ErrRestore)
 	}
-	if missing := missingFeatures(s.CPUID, m.cpuid); len(missing) > 0 {
+	if was, is := vendor(s.CPUID), vendor(m.cpuid); was != is {
+		return fmt.Errorf("%w: its guest was shown a CPU by %q; this host's is by %q: restore it on one of the first kind", ErrRestore, was, is)
+	}
+	if was, is := physicalBits(s.CPUID), physicalBits(m.cpuid); was > is {
+		return fmt.Errorf("%w: its guest was shown physical addresses of %d bits; this host has %d: restore it on one with as many", ErrRestore, was, is)
+	}
+	missing := missingFeatures(s.CPUID, m.cpuid)
+	if s.Assisted {
+		here := nativeFeatures()
+		for _, name := range s.Native {
+			if !slices.Contains(here, name) && !slices.Contains(missing, name) {
+				missing = append(missing, name)
+			}
+		}
+	}
+	if len(missing) > 0 {
 		return fmt.Errorf("%w: its guest was shown CPU features that this host lacks: %s: restore it on a host that has them", ErrRestore, strings.Join(missing, ", "))
 	}
 	return nil
@@ -76,10 +115,94 @@ func missingFeatures(saved, host []kvm.CPUIDEntry) (missing []string) {
 }
 
 func (w *featureWord) of(table []kvm.CPUIDEntry) uint32 {
-	for i := range table {
-		if e := &table[i]; e.Function == w.function && e.Index == w.index {
-			return w.register(e)
-		}
+	if e := entry(table, w.function, w.index); e != nil {
+		return w.register(e)
 	}
 	return 0
+}
+
+func entry(table []kvm.CPUIDEntry, function, index uint32) *kvm.CPUIDEntry {
+	for i := range table {
+		if e := &table[i]; e.Function == function && e.Index == index {
+			return e
+		}
+	}
+	return nil
+}
+
+// vendor is the CPU maker's twelve letters.
+func vendor(table []kvm.CPUIDEntry) string {
+	e := entry(table, 0, 0)
+	if e == nil {
+		return ""
+	}
+	var name []byte
+	for _, word := range [...]uint32{e.EBX, e.EDX, e.ECX} {
+		name = binary.LittleEndian.AppendUint32(name, word)
+	}
+	return string(name)
+}
+
+// physicalBits is the width of guest-physical addresses.
+func physicalBits(table []kvm.CPUIDEntry) int {
+	if e := entry(table, 0x8000_0008, 0); e != nil {
+		return int(e.EAX & 0xFF)
+	}
+	return 0
+}
+
+// nativeFeatures are the host CPU's features that PVM shows in CPUID leaves 1
+// and 7, by Linux's names; none where the host does not tell.
+func nativeFeatures() []string {
+	info, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return nil
+	}
+	var flags []string
+	for line := range strings.Lines(string(info)) {
+		if key, value, _ := strings.Cut(line, ":"); strings.TrimSpace(key) == "flags" {
+			flags = strings.Fields(value)
+			break
+		}
+	}
+	var names []string
+	for _, w := range featureWords {
+		if w.function != 0x1 && w.function != 0x7 {
+			continue
+		}
+		for name := range strings.FieldsSeq(w.bits) {
+			if slices.Contains(flags, name) {
+				names = append(names, name)
+			}
+		}
+	}
+	return names
+}
+
+// tscTolerance is by how many parts in a million a host's time stamp counter may
+// differ from what a guest measured: a guest's timers then go wrong by as much.
+const tscTolerance = 1000
+
+// setTSCRate gives a new vCPU the rate of the TSC that the guest knows, and
+// notes which that is.
+func (m *Machine) setTSCRate(c *kvm.VCPU) error {
+	khz, err := c.TSCKHz()
+	if err != nil {
+		return nil // it is not told
+	}
+	m.tscKHz = int(khz)
+	if m.saved == nil || m.saved.Host.TSCKHz == 0 || m.saved.Host.TSCKHz == m.tscKHz {
+		return nil
+	}
+	want := m.saved.Host.TSCKHz
+	off := max(want, m.tscKHz) - min(want, m.tscKHz)
+	m.tscKHz = want
+	// PVM says yes and changes nothing.
+	if want > 0 && want <= 1<<31 && !m.assisted && c.SetTSCKHz(uint32(want)) == nil {
+		return nil
+	}
+	if off > int(khz)/(1_000_000/tscTolerance) {
+		return fmt.Errorf("%w: its guest's time stamp counter ran at %d kHz; this host's runs at %d kHz and cannot be scaled: restore it on a host with the same", ErrRestore, want, khz)
+	}
+	return nil
 }

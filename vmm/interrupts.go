@@ -36,18 +36,3 @@ type gsiLine struct {
 // Set implements device.Line. The ioctl fails only for a GSI that does not
 // exist, and those are ours.
 func (l gsiLine) Set(high bool) { _ = l.vm.IRQLine(l.gsi, high) }
-
-// saveKVMClock and restoreKVMClock keep the guest's clock from going on while
-// the machine is stopped. Preconditions: ctl is held.
-func (m *Machine) saveKVMClock() {
-	if clock, err := m.vm.Clock(); err == nil {
-		m.kvmClock = kvm.ClockData{Clock: clock.Clock}
-	}
-}
-
-func (m *Machine) restoreKVMClock() error {
-	if m.kvmClock.Clock == 0 {
-		return nil // it has never run
-	}
-	return m.vm.SetClock(m.kvmClock)
-}

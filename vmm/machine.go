@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/gnomon-vmm/gnomon/kvm"
 	"github.com/gnomon-vmm/gnomon/mm/dirty"
@@ -53,6 +54,8 @@ type Machine struct {
 	startPaused bool          // guarded by ctl: Run leaves the start to Resume
 	closed      bool          // guarded by ctl
 	kvmClock    kvm.ClockData // guarded by ctl: the guest's clock while stopped
+	stopped     time.Time     // guarded by ctl: when that was
+	clockBehind bool          // guarded by ctl: kvmClock and clock jump by the time since then
 
 	stateMu sync.Mutex
 	status  Status // guarded by stateMu
@@ -189,10 +192,10 @@ func (m *Machine) buildCPUs() error {
 		return err
 	}
 	if m.saved != nil {
-		if err := m.checkHost(m.saved); err != nil {
+		if err := m.checkHost(&m.saved.Host); err != nil {
 			return err
 		}
-		m.cpuid = m.saved.CPUID // what the guest has seen stays
+		m.cpuid = m.saved.Host.CPUID // what the guest has seen stays
 	}
 	for id := range m.cfg.CPUs {
 		fd, err := m.vm.CreateVCPU(id)
@@ -204,10 +207,8 @@ func (m *Machine) buildCPUs() error {
 		if err := m.dirty.AddVCPU(fd); err != nil {
 			return fmt.Errorf("vCPU %d: %w", id, err)
 		}
-		if id == 0 {
-			if khz, err := fd.TSCKHz(); err == nil {
-				m.tscKHz = int(khz)
-			}
+		if err := m.setTSCRate(fd); err != nil {
+			return fmt.Errorf("vCPU %d: %w", id, err)
 		}
 		if err := fd.SetCPUID(cpuidFor(m.cpuid, id, m.cfg.CPUs, m.tscKHz)); err != nil {
 			return fmt.Errorf("vCPU %d: %w", id, err)
@@ -232,6 +233,9 @@ func (m *Machine) buildCPUs() error {
 func (m *Machine) load() error {
 	rsdp, err := boot.ACPITables(m.mem, boot.ACPIConfig{CPUs: m.cfg.CPUs})
 	if err != nil {
+		return err
+	}
+	if err := m.generation.Place(); err != nil {
 		return err
 	}
 	cmdline := m.cfg.Cmdline

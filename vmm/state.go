@@ -5,9 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
-	"github.com/gnomon-vmm/gnomon/kvm"
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 	"github.com/gnomon-vmm/gnomon/vmm/device"
 	"github.com/gnomon-vmm/gnomon/vmm/virtio"
@@ -23,17 +23,22 @@ type Section struct {
 	Data    []byte
 }
 
-// Restore says what New makes a machine of instead of loading a kernel.
+// Restore says what New makes a machine of instead of loading a kernel. What
+// the host holds for a guest does not come back with it: the guest's vsock
+// connections are reset, and its TCP connections through a user network end
+// when it next sends on them.
 type Restore struct {
 	// Sections are what SaveState returned. Config must describe the same
 	// machine: the same devices in the same order. CPUs, Memory and UUID come
-	// from here.
+	// from here where Config leaves them 0.
 	Sections []Section
 	// Prepare, where not nil, is called with the machine's memory before
 	// anything reads it: it fills it, or adds a pager that will.
 	Prepare func(*guestmem.Memory) error
-	// ClockGoesOn has the guest's clocks go on by the time since it was saved,
-	// by the host's wall clock. Otherwise they stand where they stood.
+	// ClockGoesOn has all the guest's clocks, the monotonic one too, jump at the
+	// first Resume by the time since the saved machine stopped, as the host's
+	// wall clock has it, so that the guest's wall clock is right. Otherwise they go on
+	// where they stood.
 	ClockGoesOn bool
 	// KeepGenerationID leaves the generation id as it was. Otherwise the guest
 	// is told of a new one: there may be several of it now.
@@ -45,13 +50,16 @@ type machineState struct {
 	UUID     string
 	CPUs     int
 	Memory   uint64
-	Assisted bool // ring 0 was interpreted (vmm/assist)
-	TSCKHz   int
 	Clock    time.Duration // the machine's time
 	KVMClock uint64        // nanoseconds
-	SavedAt  time.Time     // by the host's wall clock
-	CPUID    []kvm.CPUIDEntry
+	Stopped  time.Time     // when these clocks were stopped, by the host's wall clock
+	Host     hostState
 }
+
+const (
+	machinePart = "machine"
+	partVersion = 1 // of every section so far
+)
 
 // part is one section: how it is read and how it is taken over.
 type part struct {
@@ -64,7 +72,7 @@ type part struct {
 // partOf makes a part of a device's State and Restore.
 func partOf[T any](name string, get func() (T, error), set func(T) error) part {
 	return part{
-		name: name, version: 1,
+		name: name, version: partVersion,
 		get: func() (any, error) { return get() },
 		set: func(data json.RawMessage) error {
 			var state T
@@ -80,26 +88,39 @@ func partOf[T any](name string, get func() (T, error), set func(T) error) part {
 func decode(data []byte, into any) error {
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
-	return d.Decode(into)
+	if err := d.Decode(into); err != nil {
+		return err
+	}
+	if d.More() {
+		return errors.New("something follows the state")
+	}
+	return nil
 }
 
 func infallible[T any](get func() T) func() (T, error) {
 	return func() (T, error) { return get(), nil }
 }
 
-// parts lists the machine's parts in the order in which they are restored: what
-// drives interrupt lines before the controllers, and these before the vCPUs,
-// whose local APICs have what was delivered; transports after their devices.
+// parts lists the machine's parts in the order in which they are restored.
+//
+// The vCPUs' local APICs come before the controllers that send to them, and
+// these before the devices, which drive their lines as they are restored: so a
+// line that changes while the state is read is seen, at worst twice. Devices
+// come after their PCI functions and before their transports, which start them.
 func (m *Machine) parts() []part {
-	parts := []part{
-		partOf("machine", m.machineState, m.restoreMachine),
-		partOf("pci", infallible(m.pci.State), m.pci.Restore),
+	parts := []part{partOf(machinePart, m.machineState, m.restoreClocks)}
+	for _, c := range m.cpus {
+		parts = append(parts, partOf(fmt.Sprintf("cpu%d", c.id), c.checkpointState, c.restoreState))
+	}
+	parts = append(parts,
+		partOf("interrupts", func() (interruptState, error) { return readInterrupts(m.vm) }, func(s interruptState) error { return s.write(m.vm) }),
 		partOf("serial0", infallible(m.serial.State), m.serial.Restore),
-		partOf("rtc", infallible(m.rtc.State), m.rtc.Restore),
+		partOf("rtc", infallible(m.rtc.State), m.restoreRTC),
 		partOf("i8042", infallible(m.i8042.State), func(s device.I8042State) error { m.i8042.Restore(s); return nil }),
 		partOf("power", infallible(m.power.State), m.power.Restore),
 		partOf("generation-id", infallible(m.generation.State), m.generation.Restore),
-	}
+		partOf("pci", infallible(m.pci.State), m.pci.Restore),
+	)
 	for _, d := range m.disks {
 		parts = append(parts, partOf("virtio-blk:"+d.ID, infallible(d.Device.State), func(s virtio.BlkState) error { d.Device.Restore(s); return nil }))
 	}
@@ -118,21 +139,22 @@ func (m *Machine) parts() []part {
 	for _, p := range m.virtio {
 		parts = append(parts, partOf("virtio:"+p.Name(), infallible(p.State), p.Restore))
 	}
-	parts = append(parts, partOf("interrupts", func() (interruptState, error) { return readInterrupts(m.vm) },
-		func(s interruptState) error { return s.write(m.vm) }))
-	for _, c := range m.cpus {
-		parts = append(parts, partOf(fmt.Sprintf("cpu%d", c.id), c.checkpointState, c.restoreState))
-	}
 	return parts
 }
 
 // SaveState reads the state of everything but memory. The machine must be
-// paused, or not have run yet; a saved machine may go on.
+// paused, or not have run yet; a saved machine may go on. While a reset or
+// power-off that the guest asked for is under way it returns ErrState.
 func (m *Machine) SaveState() ([]Section, error) {
 	m.ctl.Lock()
 	defer m.ctl.Unlock()
-	if s := m.Status(); m.closed || s != StatusPaused && s != StatusPrelaunch {
+	switch s := m.Status(); {
+	case m.closed:
+		return nil, ErrClosed
+	case s != StatusPaused && s != StatusPrelaunch:
 		return nil, fmt.Errorf("%w: its state can be saved while it is paused, not while it is %q", ErrState, s)
+	case m.gate.holds(holdRequest) != 0:
+		return nil, fmt.Errorf("%w: the guest is being reset or powered off: its state can be saved after that", ErrState)
 	}
 	var sections []Section
 	for _, p := range m.parts() {
@@ -152,39 +174,48 @@ func (m *Machine) SaveState() ([]Section, error) {
 // restore takes over the state in Config.Restore. Preconditions: everything is
 // built, the vCPUs have not run, the devices are paused.
 func (m *Machine) restore() error {
-	byName, err := index(m.cfg.Restore.Sections)
+	sections, err := indexSections(m.cfg.Restore.Sections)
 	if err != nil {
 		return err
 	}
-	for _, p := range m.parts() {
-		s, ok := byName[p.name]
-		if !ok {
+	parts := m.parts()
+	// Nothing is changed before it is certain that each has its like.
+	for _, p := range parts {
+		if _, ok := sections[p.name]; !ok {
 			return fmt.Errorf("%w: the saved machine has no %s: describe the same devices, in the same order", ErrRestore, p.name)
 		}
-		delete(byName, p.name)
-		if s.Version > p.version {
-			return fmt.Errorf("%w: %s has version %d, of a newer Gnomon; this one knows %d", ErrRestore, p.name, s.Version, p.version)
+	}
+	for name := range sections {
+		if !slices.ContainsFunc(parts, func(p part) bool { return p.name == name }) {
+			return fmt.Errorf("%w: the saved machine has %s, which this one has not: describe the same devices, or use the Gnomon that saved it", ErrRestore, name)
 		}
-		if err := p.set(s.Data); err != nil {
+	}
+	m.stopDevices()
+	for _, p := range parts {
+		if err := p.set(sections[p.name].Data); err != nil {
 			return fmt.Errorf("%w: %s: %w", ErrRestore, p.name, err)
 		}
 	}
-	for name := range byName {
-		return fmt.Errorf("%w: the saved machine has %s, which this one has not: describe the same devices", ErrRestore, name)
+	if m.cfg.Restore.KeepGenerationID {
+		return nil
 	}
-	if !m.cfg.Restore.KeepGenerationID {
-		if err := m.generation.Change(device.NewGUID()); err != nil {
-			return fmt.Errorf("%w: %w", ErrRestore, err)
-		}
+	if err := m.generation.Change(device.NewGUID()); err != nil {
+		return fmt.Errorf("%w: %w", ErrRestore, err)
 	}
 	return nil
 }
 
-func index(sections []Section) (map[string]Section, error) {
+// indexSections finds sections by name and refuses those of another version.
+func indexSections(sections []Section) (map[string]Section, error) {
 	byName := make(map[string]Section, len(sections))
 	for _, s := range sections {
-		if _, twice := byName[s.Name]; twice {
+		switch _, twice := byName[s.Name]; {
+		case twice:
 			return nil, fmt.Errorf("%w: %s is there twice", ErrRestore, s.Name)
+		case s.Version > partVersion:
+			return nil, fmt.Errorf("%w: %s has version %d, of a newer Gnomon; this one knows %d", ErrRestore, s.Name, s.Version, partVersion)
+		case s.Version == 0:
+			return nil, fmt.Errorf("%w: %s has no version", ErrRestore, s.Name)
 		}
 		byName[s.Name] = s
 	}
@@ -193,16 +224,27 @@ func index(sections []Section) (map[string]Section, error) {
 
 // applyRestore gives cfg what the saved machine decides, before it is built.
 func (c *Config) applyRestore() (*machineState, error) {
-	var s machineState
-	byName, err := index(c.Restore.Sections)
+	sections, err := indexSections(c.Restore.Sections)
 	if err != nil {
 		return nil, err
 	}
-	if err := decode(byName["machine"].Data, &s); err != nil {
-		return nil, fmt.Errorf("%w: machine: %w", ErrRestore, err)
+	section, ok := sections[machinePart]
+	if !ok {
+		return nil, fmt.Errorf("%w: section %s is missing", ErrRestore, machinePart)
 	}
-	if c.UUID, err = ParseUUID(s.UUID); err != nil {
-		return nil, fmt.Errorf("%w: machine: %w", ErrRestore, err)
+	var s machineState
+	if err := decode(section.Data, &s); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", ErrRestore, machinePart, err)
+	}
+	uuid, err := ParseUUID(s.UUID)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", ErrRestore, machinePart, err)
+	}
+	if c.UUID == (UUID{}) {
+		c.UUID = uuid
+	}
+	if c.CPUs != 0 && c.CPUs != s.CPUs || c.Memory != 0 && c.Memory != s.Memory {
+		return nil, fmt.Errorf("%w: the saved machine has %d vCPUs and %d bytes of memory: leave these out, or ask for the same", ErrRestore, s.CPUs, s.Memory)
 	}
 	c.CPUs, c.Memory = s.CPUs, s.Memory
 	return &s, nil
@@ -210,23 +252,7 @@ func (c *Config) applyRestore() (*machineState, error) {
 
 func (m *Machine) machineState() (machineState, error) {
 	return machineState{
-		UUID: m.cfg.UUID.String(), CPUs: m.cfg.CPUs, Memory: m.cfg.Memory, Assisted: m.assisted, TSCKHz: m.tscKHz,
-		Clock: m.clock.Now(), KVMClock: m.kvmClock.Clock, SavedAt: time.Now(), CPUID: m.cpuid,
+		UUID: m.cfg.UUID.String(), CPUs: m.cfg.CPUs, Memory: m.cfg.Memory,
+		Clock: m.clock.Now(), KVMClock: m.kvmClock.Clock, Stopped: m.stopped, Host: m.hostState(),
 	}, nil
-}
-
-// restoreMachine sets the clocks; the rest of the state went into building.
-func (m *Machine) restoreMachine(s machineState) error {
-	away := time.Duration(0)
-	if m.cfg.Restore.ClockGoesOn {
-		away = max(0, time.Since(s.SavedAt))
-	}
-	if s.Clock < 0 || s.Clock > 1<<61 || s.KVMClock > 1<<61 || away > 1<<61 {
-		return fmt.Errorf("clock of %v and %d ns is out of range", s.Clock, s.KVMClock)
-	}
-	m.clock.set(s.Clock + away)
-	if s.KVMClock != 0 {
-		m.kvmClock = kvm.ClockData{Clock: s.KVMClock + uint64(away)}
-	}
-	return nil
 }

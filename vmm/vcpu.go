@@ -42,9 +42,9 @@ type assistant interface {
 	Restore() error
 	// Entered says that the guest has run.
 	Entered()
-	// Undo calls back when a vCPU that stands at rip has an INT3 behind it whose
-	// exception the guest has not got yet: KVM does not tell of that.
-	Undo(rip uint64, back func())
+	// INT3Again tells whether a vCPU that stands at rip, behind an INT3, must
+	// perform that again where its state is loaded.
+	INT3Again(rip uint64) bool
 }
 
 // kick makes the vCPU look at the gate soon, wherever its thread is.

@@ -83,7 +83,7 @@ func New(cpu CPU, mem Memory) *Assist { return &Assist{cpu: cpu, mem: mem} }
 
 // Reset forgets the guest's entry points, as a reset of the machine does.
 func (a *Assist) Reset() error {
-	a.lstar, a.entry, a.swapsGS, a.pfEntry = 0, 0, false, 0
+	a.lstar, a.entry, a.swapsGS, a.pfEntry, a.afterINT3 = 0, 0, false, 0, 0
 	return a.cpu.SetGuestDebug(0, [8]uint64{})
 }
 
@@ -288,14 +288,10 @@ func (a *Assist) breakpoint(r *kvm.Regs) error {
 // Entered says that the guest has run since the last call of another method.
 func (a *Assist) Entered() { a.afterINT3 = 0 }
 
-// Undo calls back when the vCPU, at rip, has yet to get the #BP of the INT3
-// just before it. KVM_GET_VCPU_EVENTS does not tell of it: it takes whoever
-// reads the state to perform the instruction again.
-func (a *Assist) Undo(rip uint64, back func()) {
-	if a.afterINT3 != 0 && a.afterINT3 == rip {
-		back()
-	}
-}
+// INT3Again tells whether a vCPU that stands at rip has yet to get the #BP of the
+// INT3 just before it. KVM_GET_VCPU_EVENTS says nothing of that, since it
+// expects whoever loads the state to perform the INT3 again.
+func (a *Assist) INT3Again(rip uint64) bool { return a.afterINT3 != 0 && a.afterINT3 == rip }
 
 // popcnt performs POPCNT between registers (F3 [REX] 0F B8 /r, mod 11).
 func (a *Assist) popcnt(r *kvm.Regs, code []byte) error {

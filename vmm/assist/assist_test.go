@@ -241,6 +241,59 @@ func TestEmulationFailures(t *testing.T) {
 	}
 }
 
+// Between its INT3 and its #BP a vCPU that is saved must perform the INT3 again,
+// and at no other time.
+func TestINT3Again(t *testing.T) {
+	cpu := newFake()
+	a := New(cpu, cpu)
+	if a.INT3Again(0) || a.INT3Again(0x5001) {
+		t.Error("again before there was any")
+	}
+	int3 := func() {
+		t.Helper()
+		cpu.bytes, cpu.regs.RIP = []byte{0xCC}, 0x5000
+		if err := a.EmulationFailed(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	int3()
+	if !a.INT3Again(cpu.regs.RIP) {
+		t.Error("an INT3 whose #BP is on its way is not performed again")
+	}
+	if a.INT3Again(0x6000) {
+		t.Error("again in the handler")
+	}
+	a.Entered()
+	if a.INT3Again(cpu.regs.RIP) {
+		t.Error("again after the guest has run")
+	}
+	int3()
+	if err := a.Reset(); err != nil {
+		t.Fatal(err)
+	}
+	if a.INT3Again(cpu.regs.RIP) {
+		t.Error("again after a reset")
+	}
+}
+
+// A vCPU whose state was loaded has the breakpoint where the first one had it.
+func TestRestoreArms(t *testing.T) {
+	cpu, first := guestKernel(t, "\x0f\x01\xf8", "\x90")
+	cpu.control, cpu.debug = 0, [8]uint64{}
+	again := New(cpu, cpu)
+	if err := again.Restore(); err != nil {
+		t.Fatal(err)
+	}
+	if cpu.debug[0] != pfEntry || cpu.control == 0 || again.entry != first.entry || again.lstar != lstar || !again.swapsGS {
+		t.Errorf("breakpoint at %#x, %+v", cpu.debug[0], again)
+	}
+	// One that has no SYSCALL entry yet has none.
+	fresh := newFake()
+	if err := New(fresh, fresh).Restore(); err != nil || fresh.control != 0 {
+		t.Errorf("%v, debug control %#x", err, fresh.control)
+	}
+}
+
 // POPCNT between all registers and widths, against the host's count.
 func TestPOPCNT(t *testing.T) {
 	c := newFake()

@@ -279,9 +279,21 @@ func (h *PCIHost) State() PCIState {
 func (h *PCIHost) Restore(s PCIState) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	seen := 0
+	for slot, f := range h.funcs {
+		if f != nil {
+			if seen >= len(s.Functions) || s.Functions[seen].Slot != slot {
+				return fmt.Errorf("%w: saved state has nothing of slot %d", ErrPCI, slot)
+			}
+			seen++
+		}
+	}
+	if seen != len(s.Functions) {
+		return fmt.Errorf("%w: saved state of slot %d fits no device here", ErrPCI, s.Functions[seen].Slot)
+	}
 	for _, fs := range s.Functions {
-		if fs.Slot < 0 || fs.Slot >= PCISlots || h.funcs[fs.Slot] == nil || len(fs.Config) != pciConfigSize {
-			return fmt.Errorf("%w: saved state of slot %d fits no device here", ErrPCI, fs.Slot)
+		if len(fs.Config) != pciConfigSize {
+			return fmt.Errorf("%w: slot %d: saved configuration space of %d bytes", ErrPCI, fs.Slot, len(fs.Config))
 		}
 		f := h.funcs[fs.Slot]
 		for i, v := range fs.Config {

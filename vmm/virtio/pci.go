@@ -378,8 +378,15 @@ func (p *PCI) State() TransportState {
 func (p *PCI) Restore(t TransportState) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(t.Queues) != len(p.sizes) || t.DriverFeatures&^p.features != 0 {
-		return fmt.Errorf("%w: %s: saved state is of a device with other queues or features", ErrTransport, p.name)
+	if len(t.Queues) != len(p.sizes) {
+		return fmt.Errorf("%w: %s: saved state is of a device with %d queues, this one has %d", ErrTransport, p.name, len(t.Queues), len(p.sizes))
+	}
+	// Before FEATURES_OK the driver may have written anything.
+	if lost := t.DriverFeatures &^ p.features; t.Status&StatusFeaturesOK != 0 && (lost != 0 || t.DriverFeatures&FeatureVersion1 == 0) {
+		return fmt.Errorf("%w: %s: the saved driver uses features %#x, of which this device lacks %#x", ErrTransport, p.name, t.DriverFeatures, lost)
+	}
+	if t.Status&StatusDriverOK != 0 && t.Status&StatusFeaturesOK == 0 {
+		return fmt.Errorf("%w: %s: saved status %#x", ErrTransport, p.name, t.Status)
 	}
 	for i := range t.Queues {
 		if t.Queues[i].Size > p.sizes[i] {

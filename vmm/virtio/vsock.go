@@ -197,11 +197,14 @@ func (v *Vsock) State() VsockState {
 }
 
 // SetState restores what a checkpoint kept; before Start, after which the driver
-// hears that its connections are gone.
+// hears that its connections are gone and reads its context id anew: it keeps
+// the one given to NewVsock.
 func (v *Vsock) SetState(s VsockState) error {
+	if s.CID < 3 || s.CID >= 1<<32-1 {
+		return fmt.Errorf("%w: saved context id %d", ErrVsock, s.CID)
+	}
 	v.mu.Lock()
 	defer v.unlock()
-	v.state = s
 	v.restored = true
 	return nil
 }

@@ -496,11 +496,20 @@ func TestVsockMany(t *testing.T) {
 	}
 }
 
-// TestVsockRestored: after a restore the driver hears that connections are gone.
+// TestVsockRestored: after a restore the driver hears that connections are gone,
+// and that its context id is the one it has now.
 func TestVsockRestored(t *testing.T) {
 	g := newVsockGuest(t, 0)
-	if err := g.dev.SetState(VsockState{CID: testCID}); err != nil {
+	for _, cid := range []uint64{0, 2, 1<<32 - 1, 1 << 32} {
+		if err := g.dev.SetState(VsockState{CID: cid}); !errors.Is(err, ErrVsock) {
+			t.Errorf("context id %d: %v", cid, err)
+		}
+	}
+	if err := g.dev.SetState(VsockState{CID: testCID + 7}); err != nil {
 		t.Fatal(err)
+	}
+	if cid := g.dev.State().CID; cid != testCID {
+		t.Errorf("context id %d", cid)
 	}
 	g.begin()
 	if p := g.event.take(); !bytes.Equal(p, make([]byte, 4)) {
