@@ -51,7 +51,7 @@ func (p *Pager) guestFault(l *loader, at place, since time.Time) {
 	var err error
 	st, loc := at.r.get(at.i), p.src.Find(at.pfn())
 	switch {
-	case st == hole || loc.Zero && st != present:
+	case st == hole || isZero(loc) && st != present:
 		err = p.zeroAround(at)
 	case st == present && p.holdLate(at, loc, since):
 		return
@@ -85,7 +85,7 @@ func (p *Pager) guestFault(l *loader, at place, since time.Time) {
 // holdLate puts a fault on a page that has come meanwhile on hold, if more of
 // its batch is to come.
 func (p *Pager) holdLate(at place, loc Location, since time.Time) bool {
-	if loc.Zero {
+	if isZero(loc) {
 		return false
 	}
 	p.mu.Lock()
@@ -123,7 +123,7 @@ func (p *Pager) Touch(gpa, n uint64) error {
 // be: the host's mapping has zeros where the memfd has nothing.
 func (p *Pager) touchPage(at place) error {
 	loc := p.src.Find(at.pfn())
-	if loc.Zero {
+	if isZero(loc) {
 		at.r.change(at.i, missing, hole)
 		return nil
 	}
@@ -158,6 +158,10 @@ const (
 // fault has been put on hold, and a device, which gives no time, has been waiting
 // already. An error has been reported.
 func (p *Pager) plan(l *loader, at place, loc Location, since time.Time) (action, error) {
+	own, err := p.owns(at, loc)
+	if err != nil {
+		return nothing, p.giveUp(loc.Block, err)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	b, st, s := loc.Block, at.r.get(at.i), p.blocks[loc.Block]
@@ -169,8 +173,6 @@ func (p *Pager) plan(l *loader, at place, loc Location, since time.Time) (action
 	case s == blockFailed:
 		return nothing, p.failed[b]
 	}
-	pages := p.src.Pages(b)
-	own := loc.Slot < len(pages) && pages[loc.Slot] == at.pfn() // or it only equals the page that the slot was made for
 	batch := noBatch
 	switch {
 	case own && s >= blockBatch:
@@ -293,13 +295,13 @@ func (p *Pager) alongWith(near place, loc Location) (Location, bool) {
 		return Location{}, false
 	}
 	nearby := p.src.Find(near.pfn())
-	if nearby.Zero || p.o.Policy&Physical != 0 {
-		return nearby, !nearby.Zero
+	if isZero(nearby) || p.o.Policy&Physical != 0 {
+		return nearby, !isZero(nearby)
 	}
 	// The demanded page equals one of another neighbourhood. If pages near it do,
 	// too, their bytes are at hand.
-	pages := p.src.Pages(nearby.Block)
-	return nearby, nearby.Block == loc.Block && nearby.Slot < len(pages) && pages[nearby.Slot] != near.pfn()
+	own, err := p.owns(near, nearby)
+	return nearby, nearby.Block == loc.Block && !own && err == nil
 }
 
 // loadPage reads a page that is marked as loading.
@@ -310,9 +312,14 @@ func (p *Pager) loadPage(buf []byte, at place, loc Location) error {
 	return nil
 }
 
-// failPage gives a page up, and its block.
+// failPage gives up a page that is marked as loading, and its block.
 func (p *Pager) failPage(at place, b Block, err error) error {
 	at.r.change(at.i, loading, missing)
+	return p.giveUp(b, err)
+}
+
+// giveUp notes that a block that nobody has taken cannot be had.
+func (p *Pager) giveUp(b Block, err error) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.blocks[b] == blockIdle {

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 	"github.com/gnomon-vmm/gnomon/mm/uffd"
 )
@@ -24,6 +25,7 @@ type fake struct {
 	blocks [][]uint64
 	at     map[uint64]Location // what is not there is zeros
 	fail   map[Block]error
+	index  map[Block]error   // of Pages
 	short  map[Block]bool    // give fewer pages than promised
 	quiet  bool              // do not count reads
 	bytes  map[uint64][]byte // of pages that hold something else than fill's pattern
@@ -34,18 +36,18 @@ type fake struct {
 	total atomic.Int64
 }
 
-func (f *fake) Memory() []guestmem.Range { return f.ranges }
-func (f *fake) Blocks() int              { return len(f.blocks) }
-func (f *fake) Pages(b Block) []uint64   { return f.blocks[b] }
+func (f *fake) Memory() []guestmem.Range        { return f.ranges }
+func (f *fake) Blocks() int                     { return len(f.blocks) }
+func (f *fake) Pages(b Block) ([]uint64, error) { return f.blocks[b], f.index[b] }
 
 func (f *fake) Find(pfn uint64) Location {
 	if loc, ok := f.at[pfn]; ok {
 		return loc
 	}
-	return Location{Zero: true}
+	return Location{}
 }
 
-func (f *fake) Read(b Block, buf []byte) ([]byte, int, error) {
+func (f *fake) ReadBlock(b Block, buf []byte) ([]byte, int, error) {
 	f.total.Add(1)
 	if !f.quiet {
 		f.mu.Lock()
@@ -91,7 +93,7 @@ func (f *fake) fill(p []byte, pfn uint64) {
 // want is what a page of RAM must hold.
 func (f *fake) want(pfn uint64) []byte {
 	p := make([]byte, pageSize)
-	if loc := f.Find(pfn); !loc.Zero {
+	if loc := f.Find(pfn); !isZero(loc) {
 		f.fill(p, f.blocks[loc.Block][loc.Slot])
 	}
 	return p
@@ -106,7 +108,7 @@ func (f *fake) add(pfns []uint64, size int) {
 	for len(pfns) > 0 {
 		n := min(size, len(pfns))
 		for slot, pfn := range pfns[:n] {
-			f.at[pfn] = Location{Block: Block(len(f.blocks)), Slot: slot}
+			f.at[pfn] = Location{Kind: checkpoint.Data, Block: Block(len(f.blocks)), Slot: slot}
 		}
 		f.blocks = append(f.blocks, pfns[:n:n])
 		pfns = pfns[n:]

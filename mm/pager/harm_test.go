@@ -40,11 +40,18 @@ func TestDamagedBlock(t *testing.T) {
 	for _, policy := range everyPolicy {
 		for name, harm := range map[string]func(f *fake, b Block){
 			"error": func(f *fake, b Block) { f.fail[b] = errDamaged },
-			"short": func(f *fake, b Block) { f.short[b] = true },
+			"index": func(f *fake, b Block) { f.index = map[Block]error{b: errDamaged} },
+			// These are found where a block is loaded whole.
+			"short": func(f *fake, b Block) {
+				f.short[b] = true
+				if policy&Locality == 0 {
+					f.fail[b] = errDamaged
+				}
+			},
 			"not RAM": func(f *fake, b Block) {
 				f.blocks[b] = append([]uint64{1 << 40}, f.blocks[b][1:]...)
 				if policy&Locality == 0 {
-					f.fail[b] = errDamaged // pages are not looked at together
+					f.fail[b] = errDamaged
 				}
 			},
 		} {

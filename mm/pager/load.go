@@ -42,12 +42,9 @@ type slotPage struct {
 
 // read reads a block from the source.
 func (p *Pager) read(b Block, buf []byte) ([]byte, error) {
-	pages, stored, err := p.src.Read(b, buf)
+	pages, stored, err := p.src.ReadBlock(b, buf)
 	p.counts.blockReads.Add(1)
 	p.counts.bytesRead.Add(uint64(stored))
-	if err == nil && len(pages) != len(p.src.Pages(b))*pageSize {
-		err = fmt.Errorf("%d bytes for %d pages", len(pages), len(p.src.Pages(b)))
-	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: block %d: %w", ErrLoad, b, err)
 	}
@@ -62,14 +59,21 @@ func (p *Pager) loadBlock(l *loader, b Block, first place, from origin) error {
 	if err != nil {
 		return err
 	}
+	pfns, err := p.src.Pages(b)
+	if err == nil && (len(pfns) > BlockPages || len(pages) != len(pfns)*pageSize) {
+		err = fmt.Errorf("%d bytes for %d pages", len(pages), len(pfns))
+	}
+	if err != nil {
+		return fmt.Errorf("%w: block %d: %w", ErrLoad, b, err)
+	}
 	n := 0
-	for slot, pfn := range p.src.Pages(b) {
+	for slot, pfn := range pfns {
 		at := p.place(pfn)
-		if at.r == nil || n == len(l.pages) {
+		if at.r == nil {
 			p.unclaim(l.pages[:n])
 			return fmt.Errorf("%w: block %d: page %#x in slot %d is none of the memory's", ErrLoad, b, pfn, slot)
 		}
-		if loc := p.src.Find(pfn); loc.Zero || loc.Block != b || loc.Slot != slot || !at.r.change(at.i, missing, loading) {
+		if loc := p.src.Find(pfn); isZero(loc) || loc.Block != b || loc.Slot != slot || !at.r.change(at.i, missing, loading) {
 			continue
 		}
 		l.pages[n] = slotPage{at, slot}

@@ -5,6 +5,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+
+	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
 )
 
 func TestParsePolicy(t *testing.T) {
@@ -207,7 +209,7 @@ func TestEqualPages(t *testing.T) {
 	f := newFake(struct{ GPA, Size uint64 }{0, pages * pageSize})
 	f.add([]uint64{0}, 1)
 	for pfn := range uint64(pages) {
-		f.at[pfn] = Location{Block: 0, Slot: 0}
+		f.at[pfn] = Location{Kind: checkpoint.Data}
 	}
 	got := run(t, f, Options{Policy: Locality}, ascending(0, pages))
 	if got.GuestFaults > pages/256 || got.BlockReads > 2 {

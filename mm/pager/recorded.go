@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+
+	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
 )
 
 // ErrRecorded is a file of recorded blocks that cannot be used.
@@ -72,7 +74,7 @@ func (p *Pager) usedBlocks() ([]bool, error) {
 				continue
 			}
 			loc := p.src.Find(r.first + i)
-			if loc.Zero || blocks[loc.Block] {
+			if isZero(loc) || blocks[loc.Block] {
 				continue
 			}
 			if blocks[loc.Block], err = f.used(r.addrOf(i)); err != nil {
@@ -85,7 +87,7 @@ func (p *Pager) usedBlocks() ([]bool, error) {
 
 // SaveRecorded writes the recorded set of the checkpoint with an id to a file,
 // which it replaces at once or not at all.
-func SaveRecorded(path string, id [16]byte, blocks []Block) error {
+func SaveRecorded(path string, id checkpoint.ID, blocks []Block) error {
 	if len(blocks) > maxRecorded {
 		return fmt.Errorf("%w: %s: %d blocks are too many", ErrRecorded, path, len(blocks))
 	}
@@ -140,7 +142,7 @@ func replaceFile(path string, b []byte) (err error) {
 
 // LoadRecorded reads the recorded set of the checkpoint with an id. Without a
 // file the error is fs.ErrNotExist.
-func LoadRecorded(path string, id [16]byte) ([]Block, error) {
+func LoadRecorded(path string, id checkpoint.ID) ([]Block, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrRecorded, err)
@@ -157,7 +159,7 @@ func LoadRecorded(path string, id [16]byte) ([]Block, error) {
 	return blocks, nil
 }
 
-func parseRecorded(b []byte, id [16]byte) ([]Block, error) {
+func parseRecorded(b []byte, id checkpoint.ID) ([]Block, error) {
 	if len(b) < recordedHeader+4 || string(b[:8]) != recordedMagic {
 		return nil, errors.New("not a recorded set")
 	}
@@ -172,8 +174,8 @@ func parseRecorded(b []byte, id [16]byte) ([]Block, error) {
 	if got, want := crc32.Checksum(body, castagnoli), binary.LittleEndian.Uint32(b[len(b)-4:]); got != want {
 		return nil, fmt.Errorf("damaged: checksum %#08x, want %#08x", got, want)
 	}
-	if [16]byte(b[16:32]) != id {
-		return nil, fmt.Errorf("it belongs to checkpoint %x, not to %x", b[16:32], id)
+	if got := checkpoint.ID(b[16:32]); got != id {
+		return nil, fmt.Errorf("it belongs to checkpoint %v, not to %v", got, id)
 	}
 	blocks := make([]Block, n)
 	for i := range blocks {

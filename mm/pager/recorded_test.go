@@ -7,9 +7,11 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+
+	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
 )
 
-var testID = [16]byte{1, 2, 3, 15: 16}
+var testID = checkpoint.ID{1, 2, 3, 15: 16}
 
 func TestRecordedFile(t *testing.T) {
 	path := RecordedPath(filepath.Join(t.TempDir(), "vm.checkpoint"))
@@ -24,7 +26,7 @@ func TestRecordedFile(t *testing.T) {
 			t.Errorf("%v became %v, %v", blocks, got, err)
 		}
 	}
-	if _, err := LoadRecorded(path, [16]byte{9}); !errors.Is(err, ErrRecorded) {
+	if _, err := LoadRecorded(path, checkpoint.ID{9}); !errors.Is(err, ErrRecorded) {
 		t.Errorf("another checkpoint's: %v", err)
 	}
 	good, err := os.ReadFile(path)

@@ -74,7 +74,7 @@ func (p *Pager) look(s *sweep) {
 		case st == loading:
 			s.missed = true
 		default:
-			if loc := p.src.Find(at.pfn()); !loc.Zero {
+			if loc := p.src.Find(at.pfn()); !isZero(loc) {
 				s.missed = true
 				s.found = append(s.found, equalPage{at, loc})
 			}

@@ -72,7 +72,7 @@ func (p *Pager) isHole(at place) bool {
 	case hole:
 		return true
 	case missing:
-		return p.src.Find(at.pfn()).Zero
+		return isZero(p.src.Find(at.pfn()))
 	default:
 		return false
 	}
