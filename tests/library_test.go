@@ -76,7 +76,7 @@ func Example_devices() {
 		log.Fatal(err)
 	}
 	defer m.Close() // kernel, disk, network and terminal included
-	server, err := monitor.Listen(m, "unix:/run/user/1000/vm.sock")
+	server, err := monitor.Listen(m, []string{"unix:/run/user/1000/vm.sock"})
 	if err != nil {
 		log.Fatal(err)
 	}

@@ -12,7 +12,10 @@ import (
 
 // deviceBrokenEvent is ours, by the rule for downstream names of QEMU's
 // docs/devel/qapi-code-gen.
-const deviceBrokenEvent = "__ORG.GNOMON_DEVICE_BROKEN"
+const (
+	deviceBrokenEvent = "__ORG.GNOMON_DEVICE_BROKEN"
+	failedEvent       = "__ORG.GNOMON_FAILED"
+)
 
 // shutdownCause is ShutdownCause of QEMU's qapi/run-state.json.
 type shutdownCause string
@@ -57,6 +60,9 @@ type (
 		NoSpace   *bool       `qmp:"nospace"`
 		Reason    string      `qmp:"reason"`
 	}
+	failedData struct {
+		Error string `qmp:"error"`
+	}
 	deviceBrokenData struct {
 		Device string `qmp:"device"`
 		Error  string `qmp:"error"`
@@ -74,6 +80,7 @@ func registerEvents(reg *qmp.Registry) {
 	qmp.RegisterEvent[balloonData](reg, "BALLOON_CHANGE", qmp.RateLimit(time.Second))
 	qmp.RegisterEvent[ioErrorData](reg, "BLOCK_IO_ERROR")
 	qmp.RegisterEvent[deviceBrokenData](reg, deviceBrokenEvent)
+	qmp.RegisterEvent[failedData](reg, failedEvent)
 }
 
 // tell sends the machine's events to the clients. It is an observer of the
@@ -100,6 +107,8 @@ func (mon *monitor) tell(e vmm.Event) {
 		mon.emit("BALLOON_CHANGE", balloonData{e.Actual})
 	case vmm.BlockIOError:
 		mon.emit("BLOCK_IO_ERROR", ioError(e))
+	case vmm.Failed:
+		mon.emit(failedEvent, failedData{e.Err.Error()})
 	case vmm.DeviceBroken:
 		mon.emit(deviceBrokenEvent, deviceBrokenData{Device: e.Device, Error: e.Err.Error()})
 	}

@@ -16,7 +16,7 @@ import (
 )
 
 // notQEMUs are the commands and events that QEMU 7.2 does not have.
-var notQEMUs = []string{"query-cpus", "query-events", "__ORG.GNOMON_DEVICE_BROKEN"}
+var notQEMUs = []string{"query-cpus", "query-events", "__ORG.GNOMON_DEVICE_BROKEN", "__ORG.GNOMON_FAILED", "__org.gnomon_checkpoint", "__org.gnomon_query-checkpoint"}
 
 // looser are the places where our type is wider than QEMU's on purpose: our
 // jobs have types of their own.

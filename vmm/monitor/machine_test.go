@@ -24,6 +24,7 @@ import (
 	"github.com/gnomon-vmm/gnomon/vmm/boot"
 	"github.com/gnomon-vmm/gnomon/vmm/chardev"
 	"github.com/gnomon-vmm/gnomon/vmm/monitor"
+	"github.com/gnomon-vmm/gnomon/vmm/snapshot"
 )
 
 // guard is how long a test waits for something that should come, before it gives up.
@@ -136,7 +137,7 @@ func start(t *testing.T, cmdline string, change func(*vmm.Config)) *ours {
 		t.Fatal(err)
 	}
 	path := filepath.Join(socketDir(t), "q")
-	server, err := monitor.Listen(m, "unix:"+path)
+	server, err := monitor.Listen(m, []string{"unix:" + path}, monitor.WithSaver(snapshot.NewSaver(m, nil)))
 	if err != nil {
 		m.Close()
 		t.Fatal(err)

@@ -6,6 +6,8 @@
 //   - dump-guest-memory writes only ELF, always 64-bit x86, and without paging;
 //     with detach it is a job too, "dump-guest-memory", that job-cancel ends.
 //   - query-cpus, which QEMU dropped in 6.0, is there for older clients.
+//   - __org.gnomon_checkpoint saves the machine, and __ORG.GNOMON_FAILED tells
+//     that it cannot go on.
 //   - __ORG.GNOMON_DEVICE_BROKEN tells that the guest's driver broke a virtio
 //     device, which then waits for its reset.
 //
@@ -16,8 +18,10 @@ import (
 	"context"
 	"sync"
 
+	"github.com/gnomon-vmm/gnomon/mm/pager"
 	"github.com/gnomon-vmm/gnomon/qmp"
 	"github.com/gnomon-vmm/gnomon/vmm"
+	"github.com/gnomon-vmm/gnomon/vmm/snapshot"
 )
 
 // version is the QEMU whose commands clients may expect.
@@ -28,15 +32,29 @@ type monitor struct {
 	m      *vmm.Machine
 	server *qmp.Server
 
+	checkpoints checkpoints
+
 	mu   sync.Mutex
 	dump dumpState // guarded by mu
 }
 
+// Option adds to what Listen serves.
+type Option func(*monitor)
+
+// WithSaver has the machine saved by commands; the saver is the machine's only one.
+func WithSaver(s *snapshot.Saver) Option { return func(m *monitor) { m.checkpoints.saver = s } }
+
+// WithPager tells how the memory of a restored machine is loaded.
+func WithPager(p *pager.Pager) Option { return func(m *monitor) { m.checkpoints.pager = p } }
+
 // Listen serves the machine's QMP on the given addresses (unix:PATH,
 // tcp:HOST:PORT) until the server is closed, which must come before the
 // machine's Close.
-func Listen(m *vmm.Machine, addresses ...string) (*qmp.Server, error) {
+func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server, error) {
 	mon := &monitor{m: m, dump: dumpState{Status: dumpNone}}
+	for _, o := range options {
+		o(mon)
+	}
 	reg := qmp.NewRegistry()
 	mon.registerControl(reg)
 	mon.registerInfo(reg)
@@ -47,6 +65,7 @@ func Listen(m *vmm.Machine, addresses ...string) (*qmp.Server, error) {
 	mon.registerStats(reg)
 	mon.registerMemory(reg)
 	mon.registerDump(reg)
+	mon.registerCheckpoint(reg)
 	registerEvents(reg)
 	mon.server = qmp.NewServer(reg, version)
 	m.Observe(mon.tell)

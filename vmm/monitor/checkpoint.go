@@ -1,0 +1,149 @@
+package monitor
+
+import (
+	"context"
+	"path/filepath"
+	"sync"
+
+	"github.com/gnomon-vmm/gnomon/mm/pager"
+	"github.com/gnomon-vmm/gnomon/qmp"
+	"github.com/gnomon-vmm/gnomon/vmm/snapshot"
+)
+
+// checkpointMode is how a machine is saved.
+type checkpointMode string
+
+const (
+	modeRunning checkpointMode = "running" // it is paused for a moment
+	modeStop    checkpointMode = "stop"    // it stands still until the file is complete
+)
+
+// Values lists the modes for the schema.
+func (checkpointMode) Values() []string { return []string{string(modeRunning), string(modeStop)} }
+
+type (
+	checkpointArguments struct {
+		JobID  string          `qmp:"job-id"`
+		File   string          `qmp:"file"`
+		Parent *string         `qmp:"parent"`
+		Mode   *checkpointMode `qmp:"mode"`
+	}
+	// checkpointData is the report of the last checkpoint that was completed.
+	// Times are in nanoseconds, sizes in bytes.
+	checkpointData struct {
+		File           string  `qmp:"file"`
+		ID             string  `qmp:"id"`
+		Parent         *string `qmp:"parent"`
+		PreparedNS     int64   `qmp:"prepared-ns"`
+		PauseNS        int64   `qmp:"pause-ns"`
+		TotalNS        int64   `qmp:"total-ns"`
+		Pages          int64   `qmp:"pages"`
+		ZeroPages      int64   `qmp:"zero-pages"`
+		DuplicatePages int64   `qmp:"duplicate-pages"`
+		FaultPages     int64   `qmp:"fault-pages"`
+		DevicePages    int64   `qmp:"device-pages"`
+		FileBytes      int64   `qmp:"file-bytes"`
+		Writes         int64   `qmp:"writes"`
+	}
+	// restoreData is how far the loading of a restored machine's memory is.
+	restoreData struct {
+		Complete        bool   `qmp:"complete"`
+		GuestFaults     uint64 `qmp:"guest-faults"`
+		DeviceFaults    uint64 `qmp:"device-faults"`
+		DemandPages     uint64 `qmp:"demand-pages"`
+		AheadPages      uint64 `qmp:"ahead-pages"`
+		BackgroundPages uint64 `qmp:"background-pages"`
+		ZeroPages       uint64 `qmp:"zero-pages"`
+		CopyCalls       uint64 `qmp:"copy-calls"`
+		BlockReads      uint64 `qmp:"block-reads"`
+		BytesRead       uint64 `qmp:"bytes-read"`
+		StalledNS       int64  `qmp:"stalled-ns"`
+		UsedPages       *int64 `qmp:"used-pages"`   // of those installed for or around demands; absent: not known
+		UnusedPages     *int64 `qmp:"unused-pages"` // likewise
+	}
+)
+
+// checkpoints are the machine's saves.
+type checkpoints struct {
+	saver *snapshot.Saver
+	pager *pager.Pager // nil: the machine was not restored
+
+	mu   sync.Mutex
+	last *snapshot.Report // guarded by mu
+}
+
+func (mon *monitor) registerCheckpoint(reg *qmp.Registry) {
+	c := &mon.checkpoints
+	if c.saver != nil {
+		qmp.Register(reg, "__org.gnomon_checkpoint", mon.checkpoint)
+		qmp.Register(reg, "__org.gnomon_query-checkpoint", func(context.Context, *qmp.Session, qmp.Empty) (checkpointData, error) {
+			return c.report()
+		})
+	}
+	if c.pager != nil {
+		query(reg, "__org.gnomon_query-restore", c.restore)
+	}
+}
+
+// checkpoint starts the job that saves the machine. The job is dismissed by
+// whoever started it, as QEMU's snapshot-save is.
+func (mon *monitor) checkpoint(_ context.Context, s *qmp.Session, a checkpointArguments) (e qmp.Empty, err error) {
+	o := snapshot.SaveOptions{Stop: a.Mode != nil && *a.Mode == modeStop}
+	if a.Parent != nil {
+		o.Parent = *a.Parent
+	}
+	for name, path := range map[string]string{"file": a.File, "parent": o.Parent} {
+		if path != "" && !filepath.IsAbs(path) {
+			return e, qmp.Errorf("Parameter '%s' expects an absolute path", name)
+		}
+	}
+	if a.File == "" {
+		return e, qmp.Errorf("Parameter 'file' expects an absolute path")
+	}
+	_, err = s.Server().Jobs().Start(a.JobID, "checkpoint", qmp.JobOptions{ManualDismiss: true}, func(ctx context.Context, j *qmp.Job) error {
+		o.Progress = j.SetProgress
+		r, err := mon.checkpoints.saver.Save(ctx, a.File, o)
+		if err != nil {
+			return err
+		}
+		mon.checkpoints.mu.Lock()
+		mon.checkpoints.last = r
+		mon.checkpoints.mu.Unlock()
+		return nil
+	})
+	return e, err
+}
+
+func (c *checkpoints) report() (checkpointData, error) {
+	c.mu.Lock()
+	r := c.last
+	c.mu.Unlock()
+	if r == nil {
+		return checkpointData{}, qmp.Errorf("No checkpoint was taken of this machine")
+	}
+	d := checkpointData{
+		File: r.File, ID: r.ID.String(),
+		PreparedNS: r.Prepared.Nanoseconds(), PauseNS: r.Pause.Nanoseconds(), TotalNS: r.Total.Nanoseconds(),
+		Pages: r.Written.Pages, ZeroPages: r.Written.ZeroPages, DuplicatePages: r.Written.DuplicatePages,
+		FaultPages: int64(r.Memory.CopiedByFault), DevicePages: int64(r.Memory.CopiedByTouch),
+		FileBytes: r.Written.Bytes, Writes: r.Written.Writes,
+	}
+	if r.Parent != "" {
+		d.Parent = &r.Parent
+	}
+	return d, nil
+}
+
+func (c *checkpoints) restore() restoreData {
+	s := c.pager.Stats()
+	d := restoreData{
+		Complete: s.Complete, GuestFaults: s.GuestFaults, DeviceFaults: s.DeviceFaults,
+		DemandPages: s.DemandPages, AheadPages: s.AheadPages, BackgroundPages: s.BackgroundPages, ZeroPages: s.ZeroPages,
+		CopyCalls: s.CopyCalls, BlockReads: s.BlockReads, BytesRead: s.BytesRead, StalledNS: s.Stalled.Nanoseconds(),
+	}
+	if used, unused, err := c.pager.Usage(); err == nil {
+		a, b := int64(used), int64(unused)
+		d.UsedPages, d.UnusedPages = &a, &b
+	}
+	return d
+}
