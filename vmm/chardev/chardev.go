@@ -14,7 +14,10 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
+
+	"github.com/gnomon-vmm/gnomon/internal/unixsock"
 )
 
 // Errors, wrapped with what they concern.
@@ -59,11 +62,22 @@ type Options struct {
 	// Exit is called when the user types Ctrl-a x; nil: nothing happens. It
 	// runs on a goroutine of its own.
 	Exit func()
+	// Failed is called, once, when output to a file, or to what standard output
+	// is, could not be written and is lost; nil: nobody. Output that nobody
+	// reads is not meant (ErrStalled).
+	Failed func(error)
 	// Stdin and Stdout are what "stdio" uses; nil: the process's own.
 	Stdin, Stdout *os.File
 }
 
-// Open opens the backend that spec names:
+// Spec is what a specification asks for.
+type Spec struct {
+	Kind   string // "stdio", "file", "unix" or "null"
+	Path   string // of the file or socket
+	Append bool   // what the file holds stays
+}
+
+// Parse reads a specification and opens nothing:
 //
 //	stdio                  this process's terminal, or standard input and output
 //	file:PATH[,append=on]  output goes to a file, which Connect empties first
@@ -71,30 +85,66 @@ type Options struct {
 //	null                   nothing
 //
 // As in QEMU, a comma in PATH is written twice, and unix: takes wait=off.
-func Open(spec string, o Options) (Backend, error) {
-	kind, rest, _ := strings.Cut(spec, ":")
-	path, options, err := parseSpec(rest)
+func Parse(spec string) (Spec, error) {
+	s, err := parse(spec)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %q: %w", ErrOpen, spec, err)
+		return Spec{}, fmt.Errorf("%q: %w", spec, err)
+	}
+	return s, nil
+}
+
+func parse(spec string) (Spec, error) {
+	kind, rest, _ := strings.Cut(spec, ":")
+	path, options, err := parsePath(rest)
+	if err != nil {
+		return Spec{}, err
+	}
+	s := Spec{Kind: kind, Path: path}
+	switch kind {
+	case "stdio", "null":
+		if spec != kind {
+			return Spec{}, fmt.Errorf("%s takes no options", kind)
+		}
+		return s, nil
+	case "file":
+		s.Append = take(options, "append", "off") == "on"
+	case "unix":
+		switch {
+		case take(options, "server", "on") == "off":
+			return Spec{}, errors.New("only server=on is supported: gnomon listens, and you connect")
+		case take(options, "wait", "off") == "on":
+			return Spec{}, errors.New("only wait=off is supported: the machine does not wait for a client")
+		case len(path) > unixsock.MaxPath:
+			return Spec{}, fmt.Errorf("the path of a socket has %d bytes: up to %d are possible", len(path), unixsock.MaxPath)
+		}
+	default:
+		return Spec{}, errors.New("stdio, file:PATH, unix:PATH and null are possible")
+	}
+	if path == "" {
+		return Spec{}, fmt.Errorf("the path is missing: write %s:PATH", kind)
+	}
+	for key := range options {
+		return Spec{}, fmt.Errorf("unknown option %q", key)
+	}
+	return s, nil
+}
+
+// Open opens the backend that spec, as Parse describes it, names.
+func Open(spec string, o Options) (Backend, error) {
+	s, err := Parse(spec)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrOpen, err)
 	}
 	var b Backend
-	switch kind {
+	switch s.Kind {
 	case "stdio":
-		if rest != "" {
-			return nil, fmt.Errorf("%w: %q: stdio takes no options", ErrOpen, spec)
-		}
 		b, err = openStdio(o)
 	case "null":
-		if rest != "" {
-			return nil, fmt.Errorf("%w: %q: null takes no options", ErrOpen, spec)
-		}
 		b = &null{label: o.Label}
 	case "file":
-		b, err = openFile(path, options, o)
+		b, err = openFile(s, o)
 	case "unix":
-		b, err = openUnix(path, options, o)
-	default:
-		err = errors.New("want stdio, file:PATH, unix:PATH or null")
+		b, err = openUnix(s.Path, o)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %q: %w", ErrOpen, spec, err)
@@ -102,8 +152,8 @@ func Open(spec string, o Options) (Backend, error) {
 	return b, nil
 }
 
-// parseSpec splits PATH[,key=value...]; a key alone means on.
-func parseSpec(s string) (path string, options map[string]string, err error) {
+// parsePath splits PATH[,key=value...]; a key alone means on.
+func parsePath(s string) (path string, options map[string]string, err error) {
 	const comma = "\x00" // no path holds it
 	parts := strings.Split(strings.ReplaceAll(s, ",,", comma), ",")
 	options = map[string]string{}
@@ -133,12 +183,16 @@ func take(options map[string]string, key, absent string) string {
 	return v
 }
 
-// unknown tells of an option that nobody took.
-func unknown(options map[string]string) error {
-	for key := range options {
-		return fmt.Errorf("unknown option %q", key)
+// failure tells of the first output that could not be written.
+type failure struct {
+	tell func(error) // nil: nobody
+	once sync.Once
+}
+
+func (f *failure) check(err error) {
+	if err != nil && f.tell != nil && !errors.Is(err, ErrStalled) {
+		f.once.Do(func() { f.tell(err) })
 	}
-	return nil
 }
 
 // null is the backend that is not there.
@@ -151,51 +205,3 @@ func (n *null) Write(p []byte) (int, error) { return len(p), nil }
 func (n *null) Connect(Frontend)            { n.connected.Store(true) }
 func (n *null) Info() Info                  { return Info{n.label, "null", n.connected.Load()} }
 func (n *null) Close() error                { return nil }
-
-// file is a file that takes output. There is no input. Until it is connected
-// the file keeps what it held, and one that Open made goes with Close: a machine
-// that does not come to run leaves no trace.
-type file struct {
-	label     string
-	f         *os.File
-	made      bool // by openFile
-	empty     bool // the file is to be emptied
-	connected atomic.Bool
-}
-
-func openFile(path string, options map[string]string, o Options) (Backend, error) {
-	b := &file{label: o.Label, empty: take(options, "append", "off") != "on"}
-	if err := unknown(options); err != nil {
-		return nil, err
-	}
-	flags := os.O_WRONLY | os.O_APPEND
-	var err error
-	if b.f, err = os.OpenFile(path, flags|os.O_CREATE|os.O_EXCL, 0o666); err == nil {
-		b.made = true
-		return b, nil
-	}
-	if b.f, err = os.OpenFile(path, flags, 0); err != nil {
-		return nil, err
-	}
-	return b, nil
-}
-
-func (f *file) Write(p []byte) (int, error) { return f.f.Write(p) }
-
-func (f *file) Connect(Frontend) {
-	if f.empty {
-		// What cannot be emptied, such as a pipe, holds nothing to lose.
-		_ = f.f.Truncate(0)
-	}
-	f.connected.Store(true)
-}
-
-func (f *file) Info() Info { return Info{f.label, "file", f.connected.Load()} }
-
-func (f *file) Close() error {
-	var err error
-	if f.made && !f.connected.Load() {
-		err = os.Remove(f.f.Name())
-	}
-	return errors.Join(err, f.f.Close())
-}

@@ -9,6 +9,10 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/disk/raw"
 )
 
 // guest is a Frontend that hands over what it gets when the test asks.
@@ -78,12 +82,30 @@ func TestOpenRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	disk := filepath.Join(dir, "disk")
+	if err := os.WriteFile(disk, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	node, err := raw.Open(disk, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer node.Close()
 	for spec, say := range map[string]string{
-		"":                                      "want stdio, file:PATH, unix:PATH or null",
-		"tcp::1234":                             "want stdio",
+		"":                                      "stdio, file:PATH, unix:PATH and null are possible",
+		"tcp::1234":                             "null are possible",
 		"stdio:x":                               "takes no options",
 		"null:x":                                "takes no options",
-		"file:":                                 "no such file",
+		"stdio:":                                "takes no options",
+		"file:":                                 "path is missing",
+		"file:" + fifo:                          "neither a regular file",
+		"file:" + taken:                         "neither a regular file",
+		"file:" + disk:                          "in use as a machine's disk",
+		"file:" + disk + ",append=on":           "in use as a machine's disk",
 		"file:" + dir:                           "is a directory",
 		"file:" + dir + "/no/such":              "no such file or directory",
 		"file:" + dir + "/f,color=on":           `unknown option "color"`,
@@ -92,7 +114,7 @@ func TestOpenRefuses(t *testing.T) {
 		"unix:" + dir + "/s,server=off":         "only server=on",
 		"unix:" + dir + "/s,wait=on":            "only wait=off",
 		"unix:" + dir + "/s,telnet":             `unknown option "telnet"`,
-		"unix:" + strings.Repeat("x", 108):      "has 108 bytes",
+		"unix:" + strings.Repeat("x", 108):      "108 bytes",
 		"unix:" + dir + "/no/such":              "no such file or directory",
 		"unix:" + regular:                       "not a socket",
 		"unix:" + taken:                         "another process listens there",
@@ -106,14 +128,16 @@ func TestOpenRefuses(t *testing.T) {
 			b.Close()
 		}
 	}
-	if b, err := os.ReadFile(regular); err != nil || string(b) != "precious" {
-		t.Errorf("a refused file holds %q, %v", b, err)
+	for _, path := range []string{regular, disk} {
+		if b, err := os.ReadFile(path); err != nil || string(b) != "precious" {
+			t.Errorf("a refused file holds %q, %v", b, err)
+		}
 	}
 	if _, err := net.Dial("unix", taken); err != nil {
 		t.Errorf("a refused socket does not work any more: %v", err)
 	}
 	left, err := filepath.Glob(filepath.Join(dir, "*"))
-	if err != nil || len(left) != 2 {
+	if err != nil || len(left) != 4 {
 		t.Errorf("left behind: %q, %v", left, err)
 	}
 }
@@ -178,5 +202,60 @@ func TestFile(t *testing.T) {
 		if b, err := os.ReadFile(path); err != nil || string(b) != step.want {
 			t.Errorf("%s: file holds %q, %v; want %q", step.spec, b, err, step.want)
 		}
+	}
+}
+
+func TestParse(t *testing.T) {
+	for spec, want := range map[string]Spec{
+		"stdio":                     {Kind: "stdio"},
+		"null":                      {Kind: "null"},
+		"file:a,,b":                 {Kind: "file", Path: "a,b"},
+		"file:a,append":             {Kind: "file", Path: "a", Append: true},
+		"file:a,append=off":         {Kind: "file", Path: "a"},
+		"unix:a,server=on,wait=off": {Kind: "unix", Path: "a"},
+	} {
+		if got, err := Parse(spec); err != nil || got != want {
+			t.Errorf("%s: %+v, %v, want %+v", spec, got, err, want)
+		}
+	}
+}
+
+// A device takes output; what it cannot take is told of, once.
+func TestFailedOutput(t *testing.T) {
+	var failed []error
+	tell := func(err error) { failed = append(failed, err) }
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	for spec, times := range map[string]int{"file:/dev/full": 1, "stdio": 1, "file:/dev/null": 0} {
+		failed = nil
+		b := open(t, spec, Options{Failed: tell, Stdin: os.Stdin, Stdout: full})
+		b.Connect(Frontend{})
+		for range 3 {
+			b.Write([]byte("x"))
+		}
+		if len(failed) != times || times > 0 && !errors.Is(failed[0], unix.ENOSPC) {
+			t.Errorf("%s: told %v", spec, failed)
+		}
+		if err := b.Close(); err != nil {
+			t.Errorf("%s: %v", spec, err)
+		}
+	}
+}
+
+// What the file system says of a file that cannot be made is what is told.
+func TestReadOnlyFileSystem(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("to mount a file system takes root")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, 0)
+	if _, err := Open("file:"+dir+"/x", Options{}); !errors.Is(err, unix.EROFS) {
+		t.Errorf("%v", err)
 	}
 }

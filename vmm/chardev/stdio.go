@@ -21,6 +21,7 @@ type stdio struct {
 	exit     func()
 	in       *input
 	out      output
+	failure  failure // of out
 	stdin    *os.File
 	terminal bool // stdin is one
 	reader   sync.WaitGroup
@@ -38,7 +39,7 @@ func openStdio(o Options) (Backend, error) {
 	if stdout == nil {
 		stdout = os.Stdout
 	}
-	s := &stdio{label: o.Label, exit: o.Exit, stdin: stdin, terminal: term.IsTerminal(int(stdin.Fd()))}
+	s := &stdio{label: o.Label, exit: o.Exit, stdin: stdin, terminal: term.IsTerminal(int(stdin.Fd())), failure: failure{tell: o.Failed}}
 	if !stdioTaken.CompareAndSwap(nil, s) {
 		return nil, errors.New("another device has the terminal already: give this one a file or a socket")
 	}
@@ -56,7 +57,11 @@ func openStdio(o Options) (Backend, error) {
 	return s, nil
 }
 
-func (s *stdio) Write(p []byte) (int, error) { return s.out.Write(p) }
+func (s *stdio) Write(p []byte) (int, error) {
+	n, err := s.out.Write(p)
+	s.failure.check(err)
+	return n, err
+}
 
 func (s *stdio) Info() Info { return Info{s.label, "stdio", s.in.connected()} }
 

@@ -33,18 +33,7 @@ type unixServer struct {
 	closed bool // guarded by mu
 }
 
-func openUnix(path string, options map[string]string, o Options) (Backend, error) {
-	switch {
-	case take(options, "server", "on") == "off":
-		return nil, errors.New("only server=on is supported: gnomon listens, and you connect")
-	case take(options, "wait", "off") == "on":
-		return nil, errors.New("only wait=off is supported: the machine does not wait for a client")
-	case path == "":
-		return nil, errors.New("the path is missing: unix:PATH")
-	}
-	if err := unknown(options); err != nil {
-		return nil, err
-	}
+func openUnix(path string, o Options) (Backend, error) {
 	if err := unixsock.Clear(path); err != nil {
 		return nil, err
 	}
