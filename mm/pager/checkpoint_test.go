@@ -120,7 +120,11 @@ func TestCheckpoint(t *testing.T) {
 				}
 			}
 		}
-		t.Logf("%v: %+v", o.Policy, p.Stats())
+		s := p.Stats()
+		if o.Policy&Locality != 0 && s.BlockReads != uint64(s.Blocks) {
+			t.Errorf("%d reads for %d blocks", s.BlockReads, s.Blocks)
+		}
+		t.Logf("%v: %+v", o.Policy, s)
 		if err := p.Close(); err != nil {
 			t.Error(err)
 		}

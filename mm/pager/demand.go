@@ -52,7 +52,7 @@ func (p *Pager) guestFault(l *loader, at place, since time.Time) {
 	st, loc := at.r.get(at.i), p.src.Find(at.pfn())
 	switch {
 	case st == hole || isZero(loc) && st != present:
-		err = p.zeroAround(at)
+		err = p.zeroAround(l, at)
 	case st == present && p.holdLate(at, loc, since):
 		return
 	case st == present:
@@ -60,20 +60,16 @@ func (p *Pager) guestFault(l *loader, at place, since time.Time) {
 		// is late, and is answered by there being a page.
 		err = p.zeroRun(at, 1)
 	default:
-		var todo action
-		if todo, err = p.plan(l, at, loc, since); err != nil {
-			return
-		}
-		switch todo {
-		case wait:
-			return // release answers, and counts the time
-		case nothing:
-			err = p.u.Wake(at.r.addrOf(at.i), pageSize)
-		default:
-			if p.perform(l, todo, at, loc) != nil {
-				return
+		for at.r.get(at.i) < hole {
+			todo, err := p.plan(l, at, loc, since)
+			if err == nil {
+				err = p.perform(l, todo, at, loc)
+			}
+			if err != nil || todo == wait {
+				return // release answers, and counts the time
 			}
 		}
+		err = p.u.Wake(at.r.addrOf(at.i), pageSize)
 	}
 	if err != nil {
 		p.fail(err)
@@ -94,8 +90,7 @@ func (p *Pager) holdLate(at place, loc Location, since time.Time) bool {
 	if s < blockBatch || p.closed {
 		return false
 	}
-	p.hold(at, since, int(s-blockBatch))
-	p.counts.heldFaults.Add(1)
+	p.hold(held{at: at, since: since, batch: int(s - blockBatch)})
 	return true
 }
 
@@ -173,15 +168,19 @@ func (p *Pager) plan(l *loader, at place, loc Location, since time.Time) (action
 	case s == blockFailed:
 		return nothing, p.failed[b]
 	}
-	batch := noBatch
+	batch, again := noBatch, false
+	stored := !own && p.shared.page(loc, nil)
 	switch {
-	case own && s >= blockBatch:
-		batch = int(s - blockBatch)
+	case s >= blockBatch && !stored:
+		// A page that is not the block's own comes by a second try.
+		batch, again = int(s-blockBatch), !own
 		p.promote(batch)
-		if p.lookAhead(b) {
+		if own && p.lookAhead(b) {
 			p.wanted.Broadcast()
 		}
-	case st == loading || own && s == blockLoading:
+	case st == loading:
+	case s == blockLoading && !stored:
+		again = !own
 	default:
 		p.note(b)
 		if own && s == blockIdle && p.started {
@@ -195,11 +194,11 @@ func (p *Pager) plan(l *loader, at place, loc Location, since time.Time) (action
 			}
 		}
 		p.demands++
-		if p.walks == nil || !own || s != blockIdle {
+		if p.walks == nil || stored || s != blockIdle {
 			return takePage, nil
 		}
 		p.take(b, blockLoading)
-		if l.walking = p.started && p.lookAhead(b); l.walking {
+		if l.walking = own && p.started && p.lookAhead(b); l.walking {
 			p.wanted.Broadcast()
 		}
 		return takeBlock, nil
@@ -209,8 +208,7 @@ func (p *Pager) plan(l *loader, at place, loc Location, since time.Time) (action
 		p.arrivals.Wait()
 		p.waiting--
 	} else {
-		p.hold(at, since, batch)
-		p.counts.heldFaults.Add(1)
+		p.hold(held{at: at, since: since, batch: batch, block: b, again: again})
 	}
 	return wait, nil
 }
@@ -256,7 +254,7 @@ func (p *Pager) loadPages(l *loader, at place, loc Location) error {
 	case p.o.Policy&Physical != 0:
 		lo, hi = around(at, uint64(p.o.Pages))
 	case p.o.Policy&Locality != 0:
-		lo, hi = around(at, maxPhysical)
+		lo, hi = around(at, l.equals.next(at.pfn()))
 	}
 	// Adjacent pages are gathered and installed together.
 	run := uint64(0)
@@ -299,13 +297,19 @@ func (p *Pager) alongWith(near place, loc Location) (Location, bool) {
 		return nearby, !isZero(nearby)
 	}
 	// The demanded page equals one of another neighbourhood. If pages near it do,
-	// too, their bytes are at hand.
+	// too, their bytes may be at hand.
+	if p.shared.page(nearby, nil) {
+		return nearby, true
+	}
 	own, err := p.owns(near, nearby)
 	return nearby, nearby.Block == loc.Block && !own && err == nil
 }
 
 // loadPage reads a page that is marked as loading.
 func (p *Pager) loadPage(buf []byte, at place, loc Location) error {
+	if p.shared.page(loc, buf) {
+		return nil
+	}
 	if err := p.cache.page(p, loc.Block, loc.Slot, buf); err != nil {
 		return p.failPage(at, loc.Block, err)
 	}

@@ -90,6 +90,16 @@ func (f *fake) fill(p []byte, pfn uint64) {
 	fill(p, pfn)
 }
 
+// readOnce wants no block to have been read twice.
+func (f *fake) readOnce(t *testing.T) {
+	t.Helper()
+	for b, n := range f.reads {
+		if n > 1 {
+			t.Errorf("block %d was read %d times", b, n)
+		}
+	}
+}
+
 // want is what a page of RAM must hold.
 func (f *fake) want(pfn uint64) []byte {
 	p := make([]byte, pageSize)

@@ -30,6 +30,8 @@ type loader struct {
 	gather [BlockPages * pageSize]byte // pages made adjacent
 	pages  [BlockPages]slotPage
 	faults [8]uffd.Fault
+	zeros  stretch // of zeros that were demanded
+	equals stretch // of pages that equal others
 	// walking says that the demand continues a walk.
 	walking bool
 }
@@ -66,19 +68,23 @@ func (p *Pager) loadBlock(l *loader, b Block, first place, from origin) error {
 	if err != nil {
 		return fmt.Errorf("%w: block %d: %w", ErrLoad, b, err)
 	}
-	n := 0
+	n, own := 0, uint64(0)
 	for slot, pfn := range pfns {
 		at := p.place(pfn)
 		if at.r == nil {
 			p.unclaim(l.pages[:n])
 			return fmt.Errorf("%w: block %d: page %#x in slot %d is none of the memory's", ErrLoad, b, pfn, slot)
 		}
-		if loc := p.src.Find(pfn); isZero(loc) || loc.Block != b || loc.Slot != slot || !at.r.change(at.i, missing, loading) {
+		if loc := p.src.Find(pfn); isZero(loc) || loc.Block != b || loc.Slot != slot {
 			continue
 		}
-		l.pages[n] = slotPage{at, slot}
-		n++
+		own |= 1 << slot
+		if at.r.change(at.i, missing, loading) {
+			l.pages[n] = slotPage{at, slot}
+			n++
+		}
 	}
+	p.shared.keep(b, own, pages)
 	todo := l.pages[:n]
 	slices.SortFunc(todo, func(a, b slotPage) int { return cmp.Compare(a.pfn(), b.pfn()) })
 	wake := from != ahead

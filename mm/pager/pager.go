@@ -82,9 +82,9 @@ type Pager struct {
 	u       *uffd.FD
 	regions []*region
 	cache   *cache
+	shared  shared
 	loaders sync.Pool // of *loader, for Touch
 	counts  counters
-	zeros   zeroWindow // of the fault handler alone
 
 	finished atomic.Bool // nothing is missing
 	done     chan struct{}
@@ -123,6 +123,8 @@ func New(mem *guestmem.Memory, src Source, o Options) (*Pager, error) {
 	}
 	p.queue.init(src.Blocks(), o)
 	p.wanted.L, p.arrivals.L = &p.mu, &p.mu
+	p.shared.ready, p.shared.pages = make(chan struct{}), map[slotID][]byte{}
+	p.tasks.Go(func() { p.shared.survey(p) })
 	mem.AddPager(p)
 	return p, nil
 }
@@ -252,6 +254,7 @@ func (p *Pager) Close() error {
 		return nil
 	}
 	p.closed = true
+	p.shared.stop.Store(true)
 	complete := p.complete
 	p.wanted.Broadcast()
 	p.arrivals.Broadcast()

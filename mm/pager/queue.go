@@ -42,6 +42,10 @@ type held struct {
 	at    place
 	since time.Time
 	batch int // not before this batch is through, or noBatch
+	// again says that the page is not one of those that come, but equals one; when
+	// that block is done, its own turn comes.
+	again bool
+	block Block
 }
 
 // queue is what there is to do. Pager.mu guards it all.
@@ -184,14 +188,16 @@ func (q *queue) promote(i int) {
 }
 
 // hold remembers a fault that will be answered by whoever loads its page. A
-// thread that was interrupted faults again, so a page may be held already.
-func (q *queue) hold(at place, since time.Time, batch int) {
-	for i := range q.held {
-		if q.held[i].at == at {
+// thread that was interrupted faults again, so a page may be held already. mu is
+// held.
+func (p *Pager) hold(h held) {
+	p.counts.heldFaults.Add(1)
+	for i := range p.held {
+		if p.held[i].at == h.at {
 			return
 		}
 	}
-	q.held = append(q.held, held{at, since, batch})
+	p.held = append(p.held, h)
 }
 
 // work is a worker: it loads what is asked for ahead, then what was recorded,
@@ -320,7 +326,8 @@ func (p *Pager) release(through int) {
 		if h.batch == through {
 			h.batch = noBatch
 		}
-		if h.batch != noBatch || h.at.r.get(h.at.i) != present {
+		come := h.at.r.get(h.at.i) == present || h.again && p.blocks[h.block] == blockDone
+		if h.batch != noBatch || !come {
 			kept = append(kept, h)
 			continue
 		}

@@ -2,40 +2,40 @@ package pager
 
 import "golang.org/x/sys/unix"
 
-// How many pages of zeros are installed around one that is demanded: what a
-// guest allocates, it allocates in stretches. Zeros cost memory, so a stretch
-// must be used up before the next is larger.
+// How many pages are installed around one that is demanded and whose
+// neighbourhood is not known: what a guest allocates or fills, it does in
+// stretches. That costs memory, so a stretch must be used up before the next is
+// longer.
 const (
-	minZeroPages = 64
-	maxZeroPages = 512
+	minStretch = 64
+	maxStretch = 512
 )
 
-// zeroWindow is the last stretch of zeros that was wanted. The fault handler
-// alone uses it.
-type zeroWindow struct {
+// stretch is the last one that was wanted.
+type stretch struct {
 	first, end uint64 // page numbers
 	pages      uint64
 }
 
 // next returns how many pages, aligned, to look at around a page.
-func (z *zeroWindow) next(pfn uint64) uint64 {
-	if z.pages != 0 && pfn+z.pages >= z.first && pfn < z.end+z.pages {
-		z.pages = min(2*z.pages, maxZeroPages)
+func (s *stretch) next(pfn uint64) uint64 {
+	if s.pages != 0 && pfn+s.pages >= s.first && pfn < s.end+s.pages {
+		s.pages = min(2*s.pages, maxStretch)
 	} else {
-		z.pages = minZeroPages
+		s.pages = minStretch
 	}
-	z.first = pfn / z.pages * z.pages
-	z.end = z.first + z.pages
-	return z.pages
+	s.first = pfn / s.pages * s.pages
+	s.end = s.first + s.pages
+	return s.pages
 }
 
 // zeroAround answers a fault on a page of zeros, and on pages of zeros around it
 // as the policy says.
-func (p *Pager) zeroAround(at place) error {
+func (p *Pager) zeroAround(l *loader, at place) error {
 	pages := uint64(1)
 	switch {
 	case p.o.Policy&Locality != 0:
-		pages = p.zeros.next(at.pfn())
+		pages = l.zeros.next(at.pfn())
 	case p.o.Policy&Physical != 0:
 		pages = uint64(p.o.Pages)
 	}
