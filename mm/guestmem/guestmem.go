@@ -256,6 +256,9 @@ func (m *Memory) TakeDirty(f func(gpa uint64)) {
 			continue
 		}
 		for i := range *marks {
+			if (*marks)[i].Load() == 0 {
+				continue // an exchange costs far more
+			}
 			word := (*marks)[i].Swap(0)
 			for word != 0 {
 				bit := bits.TrailingZeros64(word)

@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sort"
 
 	"github.com/spf13/pflag"
@@ -18,17 +20,22 @@ func applyConfig(flags *pflag.FlagSet, path string) error {
 	if err != nil {
 		return fmt.Errorf("configuration: %w", err)
 	}
-	d := json.NewDecoder(bytes.NewReader(raw))
+	if err := applyValues(flags, raw); err != nil {
+		return usageError(fmt.Errorf("configuration %s: %w", path, err))
+	}
+	return nil
+}
+
+// applyValues sets the flags that a JSON object names and that are not set yet.
+func applyValues(flags *pflag.FlagSet, object []byte) error {
+	d := json.NewDecoder(bytes.NewReader(object))
 	d.UseNumber()
 	var values map[string]any
-	bad := func(format string, args ...any) error {
-		return usageError(fmt.Errorf("configuration %s: %w", path, fmt.Errorf(format, args...)))
-	}
 	if err := d.Decode(&values); err != nil {
-		return bad("%w: write an object whose keys are flags of gnomon run, such as {\"kernel\": \"bzImage\", \"cpus\": 2}", err)
+		return fmt.Errorf("%w: write an object whose keys are flags of gnomon run, such as {\"kernel\": \"bzImage\", \"cpus\": 2}", err)
 	}
 	if d.More() {
-		return bad("something follows the object")
+		return errors.New("something follows the object")
 	}
 	keys := make([]string, 0, len(values))
 	for key := range values {
@@ -38,7 +45,7 @@ func applyConfig(flags *pflag.FlagSet, path string) error {
 	for _, key := range keys {
 		flag := flags.Lookup(key)
 		if flag == nil || key == "config" || key == "help" {
-			return bad("%q is not a flag of gnomon run", key)
+			return fmt.Errorf("%q is not a flag of gnomon run", key)
 		}
 		if flag.Changed {
 			continue
@@ -47,18 +54,35 @@ func applyConfig(flags *pflag.FlagSet, path string) error {
 		if !ok {
 			list = []any{values[key]}
 		} else if _, repeats := flag.Value.(pflag.SliceValue); !repeats {
-			return bad("%s takes one value, not a list", key)
+			return fmt.Errorf("%s takes one value, not a list", key)
 		}
 		for _, v := range list {
 			switch v.(type) {
 			case string, bool, json.Number:
 			default:
-				return bad("%s: a string, a number or true/false is needed", key)
+				return fmt.Errorf("%s: a string, a number or true/false is needed", key)
 			}
 			if err := flags.Set(key, fmt.Sprint(v)); err != nil {
-				return bad("%w", err)
+				return err
 			}
 		}
 	}
 	return nil
+}
+
+// valuesOf is what applyValues sets flags from to have them as they are now,
+// those named in without left out.
+func valuesOf(flags *pflag.FlagSet, without ...string) ([]byte, error) {
+	values := map[string]any{}
+	flags.VisitAll(func(f *pflag.Flag) {
+		if slices.Contains(without, f.Name) {
+			return
+		}
+		if list, ok := f.Value.(pflag.SliceValue); ok {
+			values[f.Name] = list.GetSlice()
+			return
+		}
+		values[f.Name] = f.Value.String()
+	})
+	return json.Marshal(values)
 }

@@ -25,6 +25,7 @@ type plan struct {
 	nets    []netPlan
 	vsock   string // path; "": no device
 	cid     uint32
+	recipe  []byte // what restores such a machine
 }
 
 type diskPlan struct {
@@ -74,7 +75,7 @@ func (p *plan) readMachine() (err error) {
 	if m.Memory < vmm.MinMemory || m.Memory > vmm.MaxMemory || m.Memory%(1<<20) != 0 {
 		return fmt.Errorf("--memory %s: 1M to 1T in whole MiB are possible", f.memory)
 	}
-	if f.kernel == "" {
+	if f.kernel == "" && !f.restoring {
 		return errors.New("no --kernel: name a bzImage or an ELF vmlinux")
 	}
 	return nil
@@ -204,10 +205,12 @@ func (o *opened) close() {
 // last: a file that takes its output is emptied.
 func (p *plan) open(undo *opened, quit func()) (err error) {
 	m := &p.machine
-	if m.Kernel, err = boot.OpenKernel(p.flags.kernel); err != nil {
-		return explainMissing("--kernel", p.flags.kernel, err)
+	if p.flags.kernel != "" {
+		if m.Kernel, err = boot.OpenKernel(p.flags.kernel); err != nil {
+			return explainMissing("--kernel", p.flags.kernel, err)
+		}
+		undo.add(m.Kernel.Close)
 	}
-	undo.add(m.Kernel.Close)
 	if err := p.openInitrd(undo); err != nil {
 		return err
 	}

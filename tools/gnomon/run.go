@@ -16,6 +16,7 @@ import (
 	"github.com/gnomon-vmm/gnomon/kvm"
 	"github.com/gnomon-vmm/gnomon/vmm"
 	"github.com/gnomon-vmm/gnomon/vmm/monitor"
+	"github.com/gnomon-vmm/gnomon/vmm/snapshot"
 )
 
 // runFlags are the flags of gnomon run as the user wrote them.
@@ -40,6 +41,8 @@ type runFlags struct {
 	noBalloon bool
 	noRNG     bool
 	quiet     bool
+
+	restoring bool // of gnomon restore: the kernel may be missing
 }
 
 func newRunCommand() *cobra.Command {
@@ -63,6 +66,27 @@ reset itself (--no-reboot).`,
       --disk file=disk.qcow2 --net user,forward=tcp:8080:80`,
 		Args: usageArgs(cobra.NoArgs),
 	}
+	addRunFlags(cmd, &f)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if f.config != "" {
+			if err := applyConfig(cmd.Flags(), f.config); err != nil {
+				return err
+			}
+		}
+		p, err := f.plan()
+		if err != nil {
+			return err
+		}
+		if p.recipe, err = recipe(cmd.Flags()); err != nil {
+			return err
+		}
+		return run(cmd.Context(), p, buildNew)
+	}
+	return cmd
+}
+
+// addRunFlags gives a command the flags that describe a machine.
+func addRunFlags(cmd *cobra.Command, f *runFlags) {
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	flags.StringVar(&f.config, "config", "", "JSON `file` whose keys are the names of these flags; flags win over it")
@@ -84,25 +108,13 @@ reset itself (--no-reboot).`,
 	flags.BoolVar(&f.noBalloon, "no-balloon", false, "leave the balloon out")
 	flags.BoolVar(&f.noRNG, "no-rng", false, "leave the entropy device out")
 	flags.BoolVar(&f.quiet, "quiet", false, "tell errors only")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if f.config != "" {
-			if err := applyConfig(cmd.Flags(), f.config); err != nil {
-				return err
-			}
-		}
-		p, err := f.plan()
-		if err != nil {
-			return err
-		}
-		return run(cmd.Context(), p)
-	}
 	completeFlag(cmd, "net", "user", "tap=", "none")
 	completeFlag(cmd, "serial", "stdio", "file:", "unix:", "null")
 	completeFlag(cmd, "console", "stdio", "file:", "unix:")
-	return cmd
 }
 
-func run(ctx context.Context, p *plan) (err error) {
+// run runs the machine of a plan, which build makes.
+func run(ctx context.Context, p *plan, build func(vmm.Config) (*built, error)) (err error) {
 	ctx, quit := context.WithCancel(ctx)
 	defer quit()
 	// Before anything is made that a host without KVM has no use for.
@@ -132,18 +144,20 @@ func run(ctx context.Context, p *plan) (err error) {
 	// A vCPU in KVM_RUN keeps its processor slot in the Go scheduler for a
 	// while; with one slot more for each, device work never waits for it.
 	runtime.GOMAXPROCS(runtime.NumCPU() + p.machine.CPUs)
-	m, err := vmm.New(p.machine)
+	b, err := build(p.machine)
 	if err != nil {
 		return err
 	}
+	m := b.machine
 	undo = nil // the machine closes it all now
-	if p.machine.Kernel.Linux() {
+	if p.machine.Kernel != nil && p.machine.Kernel.Linux() {
 		// Decompressing it left tens of MiB that nobody needs any more.
 		go debug.FreeOSMemory()
 	}
-	defer func() { err = errors.Join(err, m.Close()) }()
+	defer func() { err = errors.Join(err, b.close()) }()
 
-	server, err := monitor.Listen(m, append([]string{"unix:" + info.QMP}, p.flags.qmp...)...)
+	options := append(b.options, monitor.WithSaver(snapshot.NewSaver(m, p.recipe, b.pager)))
+	server, err := monitor.Listen(m, append([]string{"unix:" + info.QMP}, p.flags.qmp...), options...)
 	if err != nil {
 		return adviseOnPath(err)
 	}

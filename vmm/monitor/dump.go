@@ -121,7 +121,7 @@ func (mon *monitor) dumpGuestMemory(ctx context.Context, s *qmp.Session, a dumpA
 	if d.out, err = openProtocol(s, a.Protocol); err != nil {
 		return e, err
 	}
-	if err := d.start(); err != nil {
+	if err := d.start(ctx); err != nil {
 		d.end(err)
 		return e, err
 	}
@@ -182,7 +182,7 @@ type dump struct {
 }
 
 // start stops the machine and takes what is needed of its state.
-func (d *dump) start() error {
+func (d *dump) start(ctx context.Context) error {
 	m := d.mon.m
 	running := m.Status() == vmm.StatusRunning
 	if err := m.Pause(); err != nil {
@@ -194,7 +194,7 @@ func (d *dump) start() error {
 	d.mon.mu.Unlock()
 
 	var err error
-	if d.ram, err = openRAM(m); err != nil {
+	if d.ram, err = d.mon.openRAM(ctx); err != nil {
 		return err
 	}
 	return m.Stopped(func() error {

@@ -137,7 +137,7 @@ func start(t *testing.T, cmdline string, change func(*vmm.Config)) *ours {
 		t.Fatal(err)
 	}
 	path := filepath.Join(socketDir(t), "q")
-	server, err := monitor.Listen(m, []string{"unix:" + path}, monitor.WithSaver(snapshot.NewSaver(m, nil)))
+	server, err := monitor.Listen(m, []string{"unix:" + path}, monitor.WithSaver(snapshot.NewSaver(m, nil, nil)))
 	if err != nil {
 		m.Close()
 		t.Fatal(err)

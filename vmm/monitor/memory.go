@@ -10,7 +10,6 @@ import (
 
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 	"github.com/gnomon-vmm/gnomon/qmp"
-	"github.com/gnomon-vmm/gnomon/vmm"
 )
 
 // chunkSize is how much guest memory is held at a time on its way to a file.
@@ -27,8 +26,17 @@ type ram struct {
 	regions []*guestmem.Region // for their ranges and offsets only
 }
 
-func openRAM(m *vmm.Machine) (*ram, error) {
+// openRAM opens the machine's RAM, once all of it is there.
+func (mon *monitor) openRAM(ctx context.Context) (*ram, error) {
+	if p := mon.checkpoints.pager; p != nil {
+		// What has not been loaded yet would be taken for holes.
+		p.LoadAll()
+		if err := p.Wait(ctx); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrMemory, err)
+		}
+	}
 	var r *ram
+	m := mon.m
 	// Inside Stopped the machine cannot be closed.
 	err := m.Stopped(func() error {
 		fd, err := unix.FcntlInt(uintptr(m.Memory().FD()), unix.F_DUPFD_CLOEXEC, 0)
@@ -160,7 +168,7 @@ func invalidRange(addr uint64, size int64) error {
 // while it is saved.
 func (mon *monitor) pmemsave(ctx context.Context, _ *qmp.Session, a pmemsaveArguments) (e qmp.Empty, err error) {
 	gpa := uint64(a.Val)
-	r, err := openRAM(mon.m)
+	r, err := mon.openRAM(ctx)
 	if err != nil {
 		return e, err
 	}
@@ -190,7 +198,7 @@ func (mon *monitor) memsave(ctx context.Context, _ *qmp.Session, a memsaveArgume
 	if a.Size < 0 || a.Size > 0 && gva+uint64(a.Size)-1 < gva {
 		return e, invalidRange(gva, a.Size)
 	}
-	r, err := openRAM(mon.m)
+	r, err := mon.openRAM(ctx)
 	if err != nil {
 		return e, err
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
 	"github.com/gnomon-vmm/gnomon/mm/dirty"
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
+	"github.com/gnomon-vmm/gnomon/mm/pager"
 	"github.com/gnomon-vmm/gnomon/mm/paging"
 	"github.com/gnomon-vmm/gnomon/vmm"
 )
@@ -61,6 +62,7 @@ type Report struct {
 type Saver struct {
 	m      *vmm.Machine
 	recipe []byte
+	loader *pager.Pager // nil: the machine was not restored
 
 	mu   sync.Mutex    // held while saving: one save at a time
 	last checkpoint.ID // what the next save can continue; guarded by mu
@@ -71,8 +73,9 @@ type Saver struct {
 
 // NewSaver makes a machine's Saver; one machine has one. recipe is kept in each
 // checkpoint for whoever restores it: how to make a machine like this one.
-func NewSaver(m *vmm.Machine, recipe []byte) *Saver {
-	return &Saver{m: m, recipe: recipe, since: dirty.NewBitmapOf(m.Memory())}
+// loader is what loads the machine's memory if it was restored, and otherwise nil.
+func NewSaver(m *vmm.Machine, recipe []byte, loader *pager.Pager) *Saver {
+	return &Saver{m: m, recipe: recipe, loader: loader, since: dirty.NewBitmapOf(m.Memory())}
 }
 
 // Save saves the machine into a new file at path, as it is at one instant
@@ -93,6 +96,13 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	r := &Report{File: path, Parent: o.Parent}
 	if err := s.checkParent(o.Parent); err != nil {
 		return nil, err
+	}
+	if s.loader != nil {
+		// What is not there cannot be saved, nor protected.
+		s.loader.LoadAll()
+		if err := s.loader.Wait(ctx); err != nil {
+			return nil, err
+		}
 	}
 	mem := s.m.Memory()
 	w, err := checkpoint.Create(path, checkpoint.CreateOptions{Memory: ranges(mem), Parent: o.Parent})

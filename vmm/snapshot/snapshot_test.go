@@ -159,7 +159,7 @@ func TestRestoredMemoryIsWhole(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "c")
 	r := start(t, "fill size=64M; wait by=mailbox; verify", nil)
 	r.serial.waitFor(t, "wait for=line")
-	report, err := snapshot.NewSaver(r.Machine, nil).Save(context.Background(), path, snapshot.SaveOptions{})
+	report, err := snapshot.NewSaver(r.Machine, nil, nil).Save(context.Background(), path, snapshot.SaveOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,107 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+// checkpointReport is what __org.gnomon_query-checkpoint returns of the last save.
+type checkpointReport struct {
+	File           string `json:"file"`
+	ID             string `json:"id"`
+	Parent         string `json:"parent,omitempty"`
+	PauseNS        int64  `json:"pause-ns"`
+	TotalNS        int64  `json:"total-ns"`
+	Pages          int64  `json:"pages"`
+	ZeroPages      int64  `json:"zero-pages"`
+	DuplicatePages int64  `json:"duplicate-pages"`
+	FaultPages     int64  `json:"fault-pages"`
+	FileBytes      int64  `json:"file-bytes"`
+	Writes         int64  `json:"writes"`
+	Disks          []struct {
+		ID      string `json:"id"`
+		Kept    string `json:"kept"`
+		Overlay string `json:"overlay,omitempty"`
+	} `json:"disks"`
+}
+
+func newCheckpointCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "checkpoint MACHINE --to FILE [flags]",
+		Short: "Save a running machine, or look into what was saved",
+		Long: `Save a machine into a checkpoint file while it runs. It is paused for a moment only; the file is what it was then.
+
+Its disks belong to the checkpoint: each disk that can be written is kept as it was, and the machine goes on in a
+qcow2 overlay beside it. With --disks none the disks are left alone, and are your own affair.
+
+With --parent the file holds only what changed since that checkpoint, which must be the last one taken of this
+machine. gnomon restore starts a machine from the file.`,
+		Example: `  gnomon checkpoint vm1 --to vm1.ckpt
+  gnomon checkpoint vm1 --to vm1-later.ckpt --parent vm1.ckpt
+  gnomon checkpoint info vm1-later.ckpt`,
+		Args: usageArgs(cobra.ExactArgs(1)),
+	}
+	flags := cmd.Flags()
+	to := flags.String("to", "", "checkpoint `file` to make")
+	parent := flags.String("parent", "", "`file` of the checkpoint that this one continues")
+	mode := flags.String("mode", "running", "`how`: running|stop (the machine stands still until the file is complete)")
+	output := addOutputFlag(cmd)
+	completeFlag(cmd, "mode", "running", "stop")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := checkOutput(*output); err != nil {
+			return err
+		}
+		if *to == "" {
+			return usageError(errors.New("no --to: name the checkpoint file to make"))
+		}
+		arguments := map[string]any{"mode": *mode}
+		for key, path := range map[string]string{"file": *to, "parent": *parent} {
+			if path == "" {
+				continue
+			}
+			abs, err := filepath.Abs(path) // the machine's process has a directory of its own
+			if err != nil {
+				return err
+			}
+			arguments[key] = abs
+		}
+		ctx := cmd.Context()
+		c, err := dialQMP(ctx, args[0])
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		id := fmt.Sprintf("checkpoint-%d-%d", os.Getpid(), time.Now().UnixNano())
+		if err := runJob(ctx, c, "saving", id, "__org.gnomon_checkpoint", arguments); err != nil {
+			return fmt.Errorf("checkpoint %s: %w", args[0], err)
+		}
+		var raw json.RawMessage
+		if err := c.Execute(ctx, "__org.gnomon_query-checkpoint", nil, &raw); err != nil {
+			return err
+		}
+		if *output == "json" {
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s\n", raw)
+			return err
+		}
+		var r checkpointReport
+		if err := json.Unmarshal(raw, &r); err != nil {
+			return fmt.Errorf("result of __org.gnomon_query-checkpoint: %w", err)
+		}
+		out := cmd.OutOrStdout()
+		fmt.Fprintf(out, "%s: %.1f MiB in %s, machine paused for %s\n", r.File, float64(r.FileBytes)/(1<<20),
+			time.Duration(r.TotalNS).Round(time.Millisecond), time.Duration(r.PauseNS).Round(10*time.Microsecond))
+		for _, d := range r.Disks {
+			if d.Overlay != "" {
+				fmt.Fprintf(out, "disk %s: %s belongs to the checkpoint; the machine goes on in %s\n", d.ID, d.Kept, d.Overlay)
+			}
+		}
+		return nil
+	}
+	return cmd
+}
