@@ -4,11 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
 	"github.com/gnomon-vmm/gnomon/mm/pager"
 	"github.com/gnomon-vmm/gnomon/tests/guest/probe"
 	"github.com/gnomon-vmm/gnomon/vmm"
@@ -177,5 +182,195 @@ func TestRestoredMemoryIsWhole(t *testing.T) {
 			}
 			t.Logf("%+v", m.Pager.Stats())
 		})
+	}
+}
+
+// badOf adds up the bad pages that a guest reports.
+func badOf(t testing.TB, results probe.Results) (bad uint64, reports int) {
+	t.Helper()
+	for _, line := range results.Lines {
+		if _, ok := line.Values["bad"]; !ok {
+			continue
+		}
+		n, err := line.Number("bad")
+		if err != nil {
+			t.Fatal(err)
+		}
+		bad, reports = bad+n, reports+1
+	}
+	return bad, reports
+}
+
+// A guest that rewrites its memory all the time is saved again and again, whole
+// and by what changed; each checkpoint is an instant from which it goes on
+// and finds every page as it last wrote it.
+func TestSavedWhileItWrites(t *testing.T) {
+	dir := t.TempDir()
+	r := start(t, "touch size=48M op=write; wait by=mailbox; dirty size=48M seed=5 ms=4000", func(c *vmm.Config) { c.Memory = 96 << 20 })
+	saver := snapshot.NewSaver(r.Machine, nil, nil)
+	r.serial.waitFor(t, "wait for=line")
+	r.release(t)
+	faults := uint64(0)
+	var paths []string
+	parent := ""
+	for i := range 6 {
+		path := filepath.Join(dir, string(rune('a'+i)))
+		o := snapshot.SaveOptions{Parent: parent, Stop: i == 4}
+		if i == 3 {
+			o.Parent = "" // and once more whole
+		}
+		report, err := saver.Save(context.Background(), path, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%d: paused %v of %v; %d pages, %d by faults", i, report.Pause, report.Total, report.Written.Pages, report.Memory.CopiedByFault)
+		paths, parent = append(paths, path), path
+		faults += report.Memory.FaultsArming + report.Memory.FaultsSaving
+	}
+	if faults == 0 {
+		t.Error("the guest did not write while it was saved")
+	}
+	if bad, reports := badOf(t, r.results(t)); bad != 0 || reports == 0 {
+		t.Fatalf("the guest that was saved found %d bad pages in %d reports", bad, reports)
+	}
+	for i, path := range paths {
+		next, _ := restored(t, path, snapshot.Options{Policy: pager.Locality})
+		if bad, reports := badOf(t, next.results(t)); bad != 0 || reports == 0 {
+			t.Errorf("checkpoint %d: %d bad pages in %d reports", i, bad, reports)
+		}
+	}
+}
+
+// A child must continue the machine's own last checkpoint.
+func TestParentMustBeTheLast(t *testing.T) {
+	dir := t.TempDir()
+	r := start(t, "spin", nil)
+	saver := snapshot.NewSaver(r.Machine, nil, nil)
+	save := func(name, parent string) error {
+		if parent != "" {
+			parent = filepath.Join(dir, parent)
+		}
+		_, err := saver.Save(context.Background(), filepath.Join(dir, name), snapshot.SaveOptions{Parent: parent})
+		return err
+	}
+	if err := save("a", ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := save("b", "a"); err != nil {
+		t.Fatal(err)
+	}
+	if err := save("c", "a"); !errors.Is(err, checkpoint.ErrParent) {
+		t.Errorf("a child of the last but one: %v", err)
+	}
+	if err := save("b", ""); !errors.Is(err, checkpoint.ErrExists) {
+		t.Errorf("over a file that is there: %v", err)
+	}
+	if r.Status() != vmm.StatusRunning {
+		t.Errorf("status %s", r.Status())
+	}
+	if err := save("c", "b"); err != nil {
+		t.Error(err)
+	}
+	entries, _ := os.ReadDir(dir)
+	if len(entries) != 3 {
+		t.Errorf("left behind: %v", entries)
+	}
+	r.Quit()
+	<-r.done
+}
+
+// A save that is cancelled, or whose disk is full, leaves nothing, and the
+// machine goes on and can be saved again.
+func TestSaveThatFails(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=8M"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, 0)
+	r := start(t, "dirty size=32M seed=5 ms=4000", nil)
+	saver := snapshot.NewSaver(r.Machine, nil, nil)
+	for r.Dirty().Stats().Collected == 0 { // until there is more than fits
+		if _, err := saver.Save(context.Background(), filepath.Join(dir, "c"), snapshot.SaveOptions{}); errors.Is(err, unix.ENOSPC) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(filepath.Join(dir, "c")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	good := filepath.Join(t.TempDir(), "c")
+	if _, err := saver.Save(ctx, good, snapshot.SaveOptions{Progress: func(done, _ int64) {
+		if done > 0 {
+			cancel()
+		}
+	}}); !errors.Is(err, context.Canceled) {
+		t.Errorf("a cancelled save: %v", err)
+	}
+	for _, d := range []string{dir, filepath.Dir(good)} {
+		if entries, _ := os.ReadDir(d); len(entries) != 0 {
+			t.Errorf("left behind: %v", entries)
+		}
+	}
+	if s := r.Status(); s != vmm.StatusRunning {
+		t.Errorf("status %s", s)
+	}
+	if _, err := saver.Save(context.Background(), good, snapshot.SaveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if bad, reports := badOf(t, r.results(t)); bad != 0 || reports == 0 {
+		t.Errorf("%d bad pages in %d reports", bad, reports)
+	}
+	next, _ := restored(t, good, snapshot.Options{})
+	if bad, reports := badOf(t, next.results(t)); bad != 0 || reports == 0 {
+		t.Errorf("restored: %d bad pages in %d reports", bad, reports)
+	}
+}
+
+// A block that is damaged while the guest runs on the file ends the machine with
+// an error that names it, before the guest reads a wrong byte.
+func TestDamagedBlock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c")
+	r := start(t, "fill size=64M; wait by=mailbox; verify", nil)
+	r.serial.waitFor(t, "wait for=line")
+	if _, err := snapshot.NewSaver(r.Machine, nil, nil).Save(context.Background(), path, snapshot.SaveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	r.Quit()
+	<-r.done
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var b [1]byte
+	const at = 40 << 20
+	if _, err := f.ReadAt(b[:], at); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 4
+	if _, err := f.WriteAt(b[:], at); err != nil {
+		t.Fatal(err)
+	}
+	for _, policy := range []pager.Policy{0, pager.Locality} {
+		next, _ := restored(t, path, snapshot.Options{Policy: policy})
+		failed := make(chan error, 1)
+		next.Observe(func(e vmm.Event) {
+			if e, ok := e.(vmm.Failed); ok {
+				failed <- e.Err
+			}
+		})
+		next.release(t)
+		<-next.done
+		if !errors.Is(next.err, checkpoint.ErrDamaged) || !strings.Contains(next.err.Error(), path) || !strings.Contains(next.err.Error(), "offset") {
+			t.Errorf("%s: the machine ended with %q, %v", policy, next.exit, next.err)
+		}
+		if err := <-failed; !errors.Is(err, checkpoint.ErrDamaged) {
+			t.Errorf("%s: event %v", policy, err)
+		}
+		if bad, _ := badOf(t, probe.Parse(next.serial.String())); bad != 0 {
+			t.Errorf("%s: the guest read %d wrong pages", policy, bad)
+		}
 	}
 }
