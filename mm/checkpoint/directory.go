@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/klauspost/compress/s2"
@@ -8,7 +9,7 @@ import (
 
 // directory says where everything is. Its encoding: the counts of sections,
 // page chunks, block chunks and blocks (4 bytes each), those of data, zero and
-// duplicate pages (8 bytes each); for each section the length of its name (1
+// duplicate pages and of the bytes of blocks (8 bytes each); for each section the length of its name (1
 // byte), the name, version (4), codec (1), size (4) and extent; then the extents
 // of the page chunks and of the block chunks. An extent is 8 bytes of offset, 4
 // of length and 4 of CRC32C.
@@ -18,7 +19,10 @@ type directory struct {
 	blockChunks []extent
 	blocks      uint32
 
-	dataPages, zeroPages, duplicatePages uint64
+	dataPages      uint64 // slots of blocks
+	zeroPages      uint64
+	duplicatePages uint64 // that are in another page's slot
+	blockBytes     uint64 // as blocks are in the file
 }
 
 // section is a named blob, such as the state of a device.
@@ -30,10 +34,7 @@ type section struct {
 	extent
 }
 
-const (
-	directoryFixed = 4*4 + 3*8
-	extentSize     = 16
-)
+const extentSize = 16
 
 func appendExtent(b []byte, e extent) []byte {
 	return le.AppendUint32(le.AppendUint32(le.AppendUint64(b, e.offset), e.length), e.sum)
@@ -44,7 +45,7 @@ func (d *directory) encode() []byte {
 	for _, n := range []uint32{uint32(len(d.sections)), uint32(len(d.pageChunks)), uint32(len(d.blockChunks)), d.blocks} {
 		b = le.AppendUint32(b, n)
 	}
-	for _, n := range []uint64{d.dataPages, d.zeroPages, d.duplicatePages} {
+	for _, n := range []uint64{d.dataPages, d.zeroPages, d.duplicatePages, d.blockBytes} {
 		b = le.AppendUint64(b, n)
 	}
 	for _, s := range d.sections {
@@ -94,13 +95,11 @@ func decodeDirectory(b []byte, l *layout, end uint64) (*directory, error) {
 	d := &directory{}
 	sections, pageChunks, blockChunks := c.u32(), c.u32(), c.u32()
 	d.blocks = c.u32()
-	d.dataPages, d.zeroPages, d.duplicatePages = c.u64(), c.u64(), c.u64()
-	if sections > maxCount || uint64(pageChunks) != l.chunks() || d.blocks > maxBlocks ||
+	d.dataPages, d.zeroPages, d.duplicatePages, d.blockBytes = c.u64(), c.u64(), c.u64(), c.u64()
+	if sections > maxCount || uint64(pageChunks) != l.chunks() || uint64(d.blocks) > min(maxBlocks, l.pages) ||
 		blockChunks != (d.blocks+chunkBlocks-1)/chunkBlocks || (uint64(pageChunks)+uint64(blockChunks))*extentSize > uint64(len(b)) {
 		return nil, bad("bad counts")
 	}
-	// No byte of the file is named twice, so that reading all of it takes no
-	// more than its size.
 	inFile := func(e extent) bool { return e.offset >= headerSize && e.offset <= end && e.end() <= end }
 	seen := map[string]bool{}
 	for range sections {
@@ -146,20 +145,23 @@ func decodeDirectory(b []byte, l *layout, end uint64) (*directory, error) {
 	return d, nil
 }
 
-// blockEntry is a storage block in the block index: 8 bytes of offset, 4 of
-// length, 4 of CRC32C, 1 of codec, 1 of page count, and 4 for each page's number.
+// blockEntry is a storage block in the block index: an extent, 8 bytes with a bit
+// for each slot that more pages than one share, 1 byte of codec, 1 of page count,
+// and 4 for each page's number.
 type blockEntry struct {
 	extent
-	codec byte
-	pfns  []uint64
+	shared uint64
+	codec  byte
+	pfns   []uint64
 }
 
-const blockEntryMost = 18 + 4*BlockPages
+const blockEntryMost = extentSize + 8 + 2 + 4*BlockPages
 
-func (e *blockEntry) append(b []byte) []byte {
-	b = append(appendExtent(b, e.extent), e.codec, byte(len(e.pfns)))
+// append encodes a block's entry.
+func (e *writtenBlock) append(b []byte) []byte {
+	b = append(le.AppendUint64(appendExtent(b, e.extent), e.shared), e.codec, byte(len(e.pfns)))
 	for _, pfn := range e.pfns {
-		b = le.AppendUint32(b, uint32(pfn))
+		b = le.AppendUint32(b, pfn)
 	}
 	return b
 }
@@ -171,24 +173,24 @@ func decodeBlocks(b []byte, count int, l *layout, end uint64) ([]blockEntry, err
 	entries := make([]blockEntry, count)
 	for i := range entries {
 		e := &entries[i]
-		e.extent = c.extent()
+		e.extent, e.shared = c.extent(), c.u64()
 		var pages byte
 		e.codec, pages = c.u8(), c.u8()
 		numbers := &cursor{b: c.take(4 * int(pages))}
 		if c.short || pages == 0 || pages > BlockPages || e.codec > codecS2 || e.offset < headerSize || e.offset > end || e.end() > end ||
-			e.codec == codecRaw && e.length != uint32(pages)*PageSize || e.length == 0 || int(e.length) > s2.MaxEncodedLen(int(pages)*PageSize) {
-			return nil, fmt.Errorf("%w: block index: entry %d has bad sizes", ErrDamaged, i)
+			e.shared>>(pages-1)>>1 != 0 || e.codec == codecRaw && e.length != uint32(pages)*PageSize || e.length == 0 || int(e.length) > s2.MaxEncodedLen(int(pages)*PageSize) {
+			return nil, fmt.Errorf("entry %d has bad sizes", i)
 		}
 		e.pfns = make([]uint64, pages)
 		for j := range e.pfns {
 			e.pfns[j] = uint64(numbers.u32())
 			if _, ok := l.index(e.pfns[j]); !ok {
-				return nil, fmt.Errorf("%w: block index: entry %d names page %#x, which is not RAM", ErrDamaged, i, e.pfns[j])
+				return nil, fmt.Errorf("entry %d names page %#x, which is not RAM", i, e.pfns[j])
 			}
 		}
 	}
 	if len(c.b) != 0 {
-		return nil, fmt.Errorf("%w: block index: something follows its last entry", ErrDamaged)
+		return nil, errors.New("something follows its last entry")
 	}
 	return entries, nil
 }

@@ -1,109 +1,71 @@
 package checkpoint
 
 import (
-	"bytes"
-	"hash/maphash"
-
-	"github.com/klauspost/compress/s2"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
 )
 
-// duplicates finds pages that are in the file already. A hash with a seed of
-// its own names a candidate, and only equal bytes make a duplicate: what a guest
-// puts in its memory cannot make one page pass for another. Its memory is
-// bounded: what falls out of it is written again.
+// duplicates finds pages whose like is in the file already, by a sum of 16
+// bytes. Its memory is bounded: what falls out of it is written again.
+//
+// The sum is GMAC with a key and nonce that nobody knows and that are never used
+// again: a polynomial over GF(2^128), evaluated at a secret point. That two pages
+// which differ have the same has a probability of at most 2^-119, whatever a
+// guest puts in them, as long as it learns nothing of sums; and it cannot even
+// learn that two were equal. So equal sums are equal pages, and need not be read
+// back to be compared.
 type duplicates struct {
-	seed maphash.Seed
-	// By the low bits of the hash: the whole hash, and the slot. Guarded by the
-	// Writer's mu.
-	hashes [duplicateSlots]uint64
-	slots  [duplicateSlots]uint32
-	// Pages that had duplicates, by the same bits: they are likely to have more.
-	recent map[uint32][]byte
+	gmac  cipher.AEAD
+	nonce []byte
+
+	// By the low bits of the sum; both guarded by the Writer's mu.
+	sums  []pageSum
+	slots []uint32 // 0: none
 }
+
+type pageSum [16]byte
 
 const (
-	duplicateSlots  = 1 << 17
-	duplicateRecent = 64
+	minDuplicates = 1 << 10
+	maxDuplicates = 1 << 20 // 20 MiB
 )
 
-func newDuplicates() *duplicates {
-	return &duplicates{seed: maphash.MakeSeed(), recent: map[uint32][]byte{}}
+// newDuplicates is for a memory of so many pages.
+func newDuplicates(pages uint64) (*duplicates, error) {
+	n := uint64(minDuplicates)
+	for n < pages && n < maxDuplicates {
+		n *= 2
+	}
+	d := &duplicates{sums: make([]pageSum, n), slots: make([]uint32, n)}
+	secret := make([]byte, 32)
+	rand.Read(secret) // never fails
+	block, err := aes.NewCipher(secret)
+	if err != nil {
+		return nil, err
+	}
+	if d.gmac, err = cipher.NewGCM(block); err != nil {
+		return nil, err
+	}
+	d.nonce = make([]byte, d.gmac.NonceSize())
+	rand.Read(d.nonce)
+	return d, nil
 }
 
-func (d *duplicates) hash(page []byte) uint64 { return maphash.Bytes(d.seed, page) }
+// sum computes the sum of a page. It may be called from several goroutines.
+func (d *duplicates) sum(into *pageSum, page []byte) { d.gmac.Seal(into[:0], d.nonce, nil, page) }
 
-// find returns the slot that may hold a page of that hash, or 0.
-func (d *duplicates) find(hash uint64) uint32 {
-	if i := hash % duplicateSlots; d.hashes[i] == hash {
+// find returns the slot that holds a page of that sum, or 0.
+func (d *duplicates) find(sum *pageSum) uint32 {
+	if i := d.place(sum); d.sums[i] == *sum {
 		return d.slots[i]
 	}
 	return 0
 }
 
-func (d *duplicates) add(hash uint64, slot uint32) {
-	i := hash % duplicateSlots
-	d.hashes[i], d.slots[i] = hash, slot
+func (d *duplicates) add(sum *pageSum, slot uint32) {
+	i := d.place(sum)
+	d.sums[i], d.slots[i] = *sum, slot
 }
 
-// remember keeps a page that had a duplicate.
-func (d *duplicates) remember(slot uint32, page []byte) {
-	if len(d.recent) >= duplicateRecent {
-		for old := range d.recent { // any
-			delete(d.recent, old)
-			break
-		}
-	}
-	d.recent[slot] = bytes.Clone(page)
-}
-
-// duplicateOf returns the slot of a page of the file with the same bytes, or 0.
-func (w *Writer) duplicateOf(page []byte, hash uint64) uint32 {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	slot := w.dup.find(hash)
-	if slot == 0 {
-		return 0
-	}
-	if same, ok := w.dup.recent[slot]; ok {
-		if bytes.Equal(same, page) {
-			return slot
-		}
-		return 0
-	}
-	if w.holds(slot, page) {
-		w.dup.remember(slot, page)
-		return slot
-	}
-	return 0
-}
-
-// holds reads a slot back and compares it; mu is held. What cannot be read is
-// no duplicate.
-func (w *Writer) holds(slot uint32, page []byte) bool {
-	b := &w.blocks[slot/BlockPages-1]
-	if b.length == 0 {
-		return false
-	}
-	stored := make([]byte, b.length)
-	n := 0
-	if b.offset < w.offset {
-		n = int(min(uint64(b.length), w.offset-b.offset))
-		if w.err != nil {
-			return false
-		}
-		if _, err := w.file.ReadAt(stored[:n], int64(b.offset)); err != nil {
-			return false
-		}
-	}
-	if n < len(stored) {
-		copy(stored[n:], w.buf[b.offset+uint64(n)-w.offset:])
-	}
-	if b.codec == codecS2 {
-		raw, err := s2.Decode(nil, stored)
-		if err != nil {
-			return false
-		}
-		stored = raw
-	}
-	return bytes.Equal(stored[int(slot%BlockPages)*PageSize:][:PageSize], page)
-}
+func (d *duplicates) place(sum *pageSum) uint64 { return le.Uint64(sum[:]) % uint64(len(d.sums)) }

@@ -9,12 +9,14 @@
 package checkpoint
 
 import (
+	"bytes"
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"strings"
 
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 )
@@ -34,6 +36,7 @@ var (
 	ErrMemory  = errors.New("bad memory layout")
 	ErrMissing = errors.New("checkpoint has no such section")
 	ErrExists  = errors.New("file exists")
+	ErrNeeded  = errors.New("checkpoint is needed by another")
 )
 
 // ID tells checkpoints apart.
@@ -55,25 +58,36 @@ const (
 	headerSize = 4096
 	footerSize = 64
 
-	maxRanges  = 64
-	maxMemory  = 1 << 44 // bytes: page numbers fit in 32 bits
-	maxPath    = 2048
-	maxChain   = 64
-	maxName    = 255
-	maxSection = 64 << 20
-	maxCount   = 1 << 16 // of sections
+	maxRanges   = 64
+	maxMemory   = 1 << 41 // bytes: where RAM must end
+	maxPath     = 2048
+	maxFeatures = 16 // that have a name in the header
+	maxChain    = 64
+	maxName     = 255
+	maxSection  = 64 << 20
+	maxCount    = 1 << 16 // of sections
 
 	// A chunk of the page index is for this many pages, one of the block index
-	// for this many blocks.
-	chunkPages  = 1024
+	// for this many blocks. A chunk is read when something of it is wanted first:
+	// larger ones make that take longer, smaller ones make more reads.
+	chunkPages  = 8192
 	chunkBlocks = 64
 
 	blockBytes = BlockPages * PageSize
 )
 
-// Feature bits, as in qcow2: a reader refuses incompatible ones it does not
-// know, and may ignore the others. None is defined yet.
+// Feature bits, as in qcow2: a reader refuses a file with an incompatible one
+// that it does not know, and ignores a compatible one. Who changes a file clears
+// the autoclear ones that it does not know; nothing changes files today. None is
+// defined yet.
 const knownIncompatible = 0
+
+// Kinds of feature bits, in the table of their names.
+const (
+	featureIncompatible = iota
+	featureCompatible
+	featureAutoclear
+)
 
 // How bytes are stored.
 const (
@@ -105,16 +119,28 @@ var le = binary.LittleEndian
 // header is the first page of the file. Offsets: 0 magic, 8 version, 12 size of
 // the header, 16/24/32 incompatible, compatible and autoclear features, 40 id,
 // 56 parent's id, 72 page size, 76 pages a block, 80 number of ranges, 84 length
-// of the parent's path, 88 the ranges (GPA, size), then the path; zeros; the
-// last 4 bytes are the CRC32C of what is before them.
+// of the parent's path, 88 number of features' names, 92 zero, 96 the ranges
+// (GPA, size), then the names of features (1 byte kind, 1 byte bit, 46 bytes name
+// that zeros fill up), then the path; zeros; the last 4 bytes are the CRC32C of
+// what is before them.
 type header struct {
 	incompatible, compatible, autoclear uint64
 	id, parentID                        ID
 	ranges                              []guestmem.Range
+	features                            []feature
 	parent                              string // path relative to the file's directory; "": none
 }
 
-const headerFixed = 88
+// feature names a feature bit, for a reader that does not know it.
+type feature struct {
+	kind, bit byte
+	name      string
+}
+
+const (
+	headerFixed = 96
+	featureSize = 48
+)
 
 func (h *header) encode() ([]byte, error) {
 	b := make([]byte, headerSize)
@@ -133,11 +159,17 @@ func (h *header) encode() ([]byte, error) {
 	le.PutUint32(b[76:], BlockPages)
 	le.PutUint32(b[80:], uint32(len(h.ranges)))
 	le.PutUint32(b[84:], uint32(len(h.parent)))
+	le.PutUint32(b[88:], uint32(len(h.features)))
 	at := headerFixed
 	for _, r := range h.ranges {
 		le.PutUint64(b[at:], r.GPA)
 		le.PutUint64(b[at+8:], r.Size)
 		at += 16
+	}
+	for _, f := range h.features {
+		b[at], b[at+1] = f.kind, f.bit
+		copy(b[at+2:at+featureSize], f.name)
+		at += featureSize
 	}
 	copy(b[at:], h.parent)
 	le.PutUint32(b[headerSize-4:], checksum(b[:headerSize-4]))
@@ -151,34 +183,67 @@ func decodeHeader(b []byte) (*header, error) {
 	if v := le.Uint32(b[8:]); v != version {
 		return nil, fmt.Errorf("%w: format version %d; this one reads %d", ErrVersion, v, version)
 	}
+	damaged := func(what string) error {
+		return fmt.Errorf("%w: header at offset 0: %s", ErrDamaged, what)
+	}
 	if le.Uint32(b[headerSize-4:]) != checksum(b[:headerSize-4]) {
-		return nil, fmt.Errorf("%w: header at offset 0: wrong checksum", ErrDamaged)
+		return nil, damaged("wrong checksum")
 	}
 	h := &header{incompatible: le.Uint64(b[16:]), compatible: le.Uint64(b[24:]), autoclear: le.Uint64(b[32:])}
-	if unknown := h.incompatible &^ knownIncompatible; unknown != 0 {
-		return nil, fmt.Errorf("%w: it needs features %#x, which this one does not know", ErrVersion, unknown)
-	}
 	copy(h.id[:], b[40:])
 	copy(h.parentID[:], b[56:])
-	count, path := le.Uint32(b[80:]), le.Uint32(b[84:])
-	if le.Uint32(b[12:]) != headerSize || le.Uint32(b[72:]) != PageSize || le.Uint32(b[76:]) != BlockPages || count > maxRanges || path > maxPath {
-		return nil, fmt.Errorf("%w: header at offset 0: bad sizes", ErrDamaged)
+	ranges, path, features := le.Uint32(b[80:]), le.Uint32(b[84:]), le.Uint32(b[88:])
+	if le.Uint32(b[12:]) != headerSize || ranges > maxRanges || path > maxPath || features > maxFeatures {
+		return nil, damaged("bad sizes")
 	}
 	at := headerFixed
-	for range count {
+	for range ranges {
 		h.ranges = append(h.ranges, guestmem.Range{GPA: le.Uint64(b[at:]), Size: le.Uint64(b[at+8:])})
 		at += 16
 	}
+	for range features {
+		name := bytes.TrimRight(b[at+2:at+featureSize], "\x00")
+		h.features = append(h.features, feature{kind: b[at], bit: b[at+1], name: string(name)})
+		at += featureSize
+	}
+	if err := h.refuseUnknown(); err != nil {
+		return nil, err
+	}
 	h.parent = string(b[at : at+int(path)])
+	if le.Uint32(b[72:]) != PageSize || le.Uint32(b[76:]) != BlockPages || le.Uint32(b[92:]) != 0 || strings.Contains(h.parent, "\x00") {
+		return nil, damaged("bad sizes")
+	}
 	for _, c := range b[at+int(path) : headerSize-4] {
 		if c != 0 {
-			return nil, fmt.Errorf("%w: header at offset 0: something follows its fields", ErrDamaged)
+			return nil, damaged("something follows its fields")
 		}
 	}
 	if _, err := newLayout(h.ranges); err != nil {
 		return nil, fmt.Errorf("%w: header at offset 0: %w", ErrDamaged, err)
 	}
 	return h, nil
+}
+
+// refuseUnknown names the incompatible features that this program does not know.
+func (h *header) refuseUnknown() error {
+	unknown := h.incompatible &^ knownIncompatible
+	if unknown == 0 {
+		return nil
+	}
+	var names []string
+	for bit := range byte(64) {
+		if unknown&(1<<bit) == 0 {
+			continue
+		}
+		name := fmt.Sprintf("bit %d", bit)
+		for _, f := range h.features {
+			if f.kind == featureIncompatible && f.bit == bit {
+				name = fmt.Sprintf("%q", f.name)
+			}
+		}
+		names = append(names, name)
+	}
+	return fmt.Errorf("%w: it needs features that this one does not know: %s", ErrVersion, strings.Join(names, ", "))
 }
 
 // footer is the last 64 bytes: 0 magic, 8 id, 24 offset, 32 length and 36
@@ -214,7 +279,7 @@ func decodeFooter(b []byte, size uint64) (*footer, error) {
 	copy(f.id[:], b[8:])
 	f.directory = extent{offset: le.Uint64(b[24:]), length: le.Uint32(b[32:]), sum: le.Uint32(b[36:])}
 	if f.size != size || le.Uint64(b[48:]) != 0 || le.Uint32(b[56:]) != 0 ||
-		f.directory.offset < headerSize || f.directory.offset+uint64(f.directory.length) != at {
+		f.directory.offset < headerSize || f.directory.offset > at || f.directory.end() != at {
 		return nil, fmt.Errorf("%w: footer at offset %d: bad sizes", ErrDamaged, at)
 	}
 	return f, nil
@@ -244,7 +309,7 @@ func newLayout(ranges []guestmem.Range) (*layout, error) {
 	}
 	for _, r := range ranges {
 		if r.Size == 0 || r.GPA%PageSize != 0 || r.Size%PageSize != 0 || r.GPA < end || r.GPA > maxMemory || r.Size > maxMemory-r.GPA {
-			return nil, fmt.Errorf("%w: %d bytes at GPA %#x: ranges must be whole pages, ascending, disjoint and below 16 TiB", ErrMemory, r.Size, r.GPA)
+			return nil, fmt.Errorf("%w: %d bytes at GPA %#x: ranges must be whole pages, ascending, disjoint and below 2 TiB", ErrMemory, r.Size, r.GPA)
 		}
 		end = r.GPA + r.Size
 		l.first = append(l.first, l.pages)
