@@ -24,11 +24,6 @@ type checkpointReport struct {
 	FaultPages     int64  `json:"fault-pages"`
 	FileBytes      int64  `json:"file-bytes"`
 	Writes         int64  `json:"writes"`
-	Disks          []struct {
-		ID      string `json:"id"`
-		Kept    string `json:"kept"`
-		Overlay string `json:"overlay,omitempty"`
-	} `json:"disks"`
 }
 
 func newCheckpointCommand() *cobra.Command {
@@ -37,8 +32,8 @@ func newCheckpointCommand() *cobra.Command {
 		Short: "Save a running machine, or look into what was saved",
 		Long: `Save a machine into a checkpoint file while it runs. It is paused for a moment only; the file is what it was then.
 
-Its disks belong to the checkpoint: each disk that can be written is kept as it was, and the machine goes on in a
-qcow2 overlay beside it. With --disks none the disks are left alone, and are your own affair.
+A machine with disks that can be written is refused, because they would not stay as they were; with --disks none
+they are your own affair: stop the machine, save it, and copy them before it goes on.
 
 With --parent the file holds only what changed since that checkpoint, which must be the last one taken of this
 machine. gnomon restore starts a machine from the file.`,
@@ -51,7 +46,9 @@ machine. gnomon restore starts a machine from the file.`,
 	to := flags.String("to", "", "checkpoint `file` to make")
 	parent := flags.String("parent", "", "`file` of the checkpoint that this one continues")
 	mode := flags.String("mode", "running", "`how`: running|stop (the machine stands still until the file is complete)")
+	disks := flags.String("disks", "", "`what` becomes of disks that can be written: none (they are left to you)")
 	output := addOutputFlag(cmd)
+	completeFlag(cmd, "disks", "none")
 	completeFlag(cmd, "mode", "running", "stop")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkOutput(*output); err != nil {
@@ -61,6 +58,9 @@ machine. gnomon restore starts a machine from the file.`,
 			return usageError(errors.New("no --to: name the checkpoint file to make"))
 		}
 		arguments := map[string]any{"mode": *mode}
+		if *disks != "" {
+			arguments["disks"] = *disks
+		}
 		for key, path := range map[string]string{"file": *to, "parent": *parent} {
 			if path == "" {
 				continue
@@ -96,11 +96,6 @@ machine. gnomon restore starts a machine from the file.`,
 		out := cmd.OutOrStdout()
 		fmt.Fprintf(out, "%s: %.1f MiB in %s, machine paused for %s\n", r.File, float64(r.FileBytes)/(1<<20),
 			time.Duration(r.TotalNS).Round(time.Millisecond), time.Duration(r.PauseNS).Round(10*time.Microsecond))
-		for _, d := range r.Disks {
-			if d.Overlay != "" {
-				fmt.Fprintf(out, "disk %s: %s belongs to the checkpoint; the machine goes on in %s\n", d.ID, d.Kept, d.Overlay)
-			}
-		}
 		return nil
 	}
 	return cmd

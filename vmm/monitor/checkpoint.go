@@ -18,15 +18,25 @@ const (
 	modeStop    checkpointMode = "stop"    // it stands still until the file is complete
 )
 
+// checkpointDisks is what becomes of disks that can be written.
+type checkpointDisks string
+
+// disksNone leaves them to the user.
+const disksNone checkpointDisks = "none"
+
+// Values lists the ways for the schema.
+func (checkpointDisks) Values() []string { return []string{string(disksNone)} }
+
 // Values lists the modes for the schema.
 func (checkpointMode) Values() []string { return []string{string(modeRunning), string(modeStop)} }
 
 type (
 	checkpointArguments struct {
-		JobID  string          `qmp:"job-id"`
-		File   string          `qmp:"file"`
-		Parent *string         `qmp:"parent"`
-		Mode   *checkpointMode `qmp:"mode"`
+		JobID  string           `qmp:"job-id"`
+		File   string           `qmp:"file"`
+		Parent *string          `qmp:"parent"`
+		Mode   *checkpointMode  `qmp:"mode"`
+		Disks  *checkpointDisks `qmp:"disks"`
 	}
 	// checkpointData is the report of the last checkpoint that was completed.
 	// Times are in nanoseconds, sizes in bytes.
@@ -88,7 +98,7 @@ func (mon *monitor) registerCheckpoint(reg *qmp.Registry) {
 // checkpoint starts the job that saves the machine. The job is dismissed by
 // whoever started it, as QEMU's snapshot-save is.
 func (mon *monitor) checkpoint(_ context.Context, s *qmp.Session, a checkpointArguments) (e qmp.Empty, err error) {
-	o := snapshot.SaveOptions{Stop: a.Mode != nil && *a.Mode == modeStop}
+	o := snapshot.SaveOptions{Stop: a.Mode != nil && *a.Mode == modeStop, LeaveDisks: a.Disks != nil}
 	if a.Parent != nil {
 		o.Parent = *a.Parent
 	}

@@ -41,6 +41,9 @@ type SaveOptions struct {
 	Parent string
 	// Stop keeps the machine paused until the file is complete.
 	Stop bool
+	// LeaveDisks leaves disks that can be written to the caller, who sees to it
+	// that a restored machine finds them as they were.
+	LeaveDisks bool
 	// Progress, where not nil, is told how many bytes of memory are done.
 	Progress func(done, total int64)
 }
@@ -95,6 +98,9 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	begin := time.Now()
 	r := &Report{File: path, Parent: o.Parent}
 	if err := s.checkParent(o.Parent); err != nil {
+		return nil, err
+	}
+	if err := s.checkDisks(o.LeaveDisks); err != nil {
 		return nil, err
 	}
 	if s.loader != nil {
@@ -238,6 +244,17 @@ func (s *Saver) checkParent(path string) error {
 	defer p.Close()
 	if p.ID() != s.last || s.last == (checkpoint.ID{}) {
 		return fmt.Errorf("%w: %s is not the last checkpoint that was taken of this machine: continue that one, or save everything", checkpoint.ErrParent, filepath.Base(path))
+	}
+	return nil
+}
+
+// checkDisks refuses disks that will not be as they were when the checkpoint is
+// restored.
+func (s *Saver) checkDisks(leave bool) error {
+	for _, d := range s.m.Disks() {
+		if !leave && !d.Node.ReadOnly() {
+			return fmt.Errorf("disk %s can be written and would not stay as it was: keep a copy of it yourself, taken while the machine is stopped, and say that disks are left to you", d.ID)
+		}
 	}
 	return nil
 }
