@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/gnomon-vmm/gnomon/kvm"
 	"github.com/gnomon-vmm/gnomon/kvm/hostinfo"
 )
 
@@ -48,7 +49,11 @@ func printHost(out io.Writer, r hostinfo.Report) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	line := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
 
-	line("Virtualisation", "%s", kindInWords[r.KVM.Kind])
+	kind := kindInWords[r.KVM.Kind]
+	if strings.HasPrefix(r.KVM.Error, kvm.ErrPermission.Error()) {
+		kind = "no permission for " + kvm.DevicePath + ": what this host can do is not known"
+	}
+	line("Virtualisation", "%s", kind)
 	if r.KVM.Error != "" {
 		line("KVM", "%s", r.KVM.Error)
 	} else {

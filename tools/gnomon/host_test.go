@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/gnomon-vmm/gnomon/kvm"
 	"github.com/gnomon-vmm/gnomon/kvm/hostinfo"
 )
 
@@ -90,6 +91,21 @@ func TestHostTextOfBareHost(t *testing.T) {
 	}
 	if strings.Contains(text, "%!") || strings.Contains(text, "remedy: \n") {
 		t.Error(text)
+	}
+}
+
+// Who may not use KVM is told that, not that there is none.
+func TestHostTextWithoutPermission(t *testing.T) {
+	var out bytes.Buffer
+	err := printHost(&out, hostinfo.Report{
+		KVM: hostinfo.KVM{Kind: hostinfo.KindNone, Error: kvm.ErrPermission.Error() + ": open /dev/kvm: permission denied: be root"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	headline, _, _ := strings.Cut(out.String(), "\n")
+	if !strings.Contains(headline, "no permission for /dev/kvm") || strings.Contains(out.String(), "cannot run here") {
+		t.Error(out.String())
 	}
 }
 

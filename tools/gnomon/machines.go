@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/internal/unixsock"
 )
 
 // A running machine has a directory of its name in the user's runtime
@@ -71,10 +73,22 @@ func register(info *machineInfo) (*registration, error) {
 	if err := os.MkdirAll(parent, 0o700); err != nil {
 		return nil, fmt.Errorf("make the runtime directory: %w; set GNOMON_RUNTIME_DIR to one you may write", err)
 	}
-	if err := ownDirectory(parent); err != nil {
+	if err := checkDirectory(parent); err != nil {
 		return nil, err
 	}
 	dir := filepath.Join(parent, info.Name)
+	info.QMP = filepath.Join(dir, machineSocket)
+	if len(info.QMP) > unixsock.MaxPath {
+		return nil, fmt.Errorf("runtime directory %s: the path of the machine's socket, %s, has %d bytes, and %d are possible: set GNOMON_RUNTIME_DIR to a shorter one",
+			parent, info.QMP, len(info.QMP), unixsock.MaxPath)
+	}
+	// One at a time: who clears up does not meet who has just made a directory.
+	lock, err := lockDirectory(parent)
+	if err != nil {
+		return nil, err
+	}
+	defer lock.Close()
+	removeStale(parent)
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("register machine: %w", err)
 	}
@@ -87,7 +101,6 @@ func register(info *machineInfo) (*registration, error) {
 		return nil, fmt.Errorf("name %s: %w: choose another --name, or end that machine (gnomon qmp %s quit)", info.Name, err, info.Name)
 	}
 	r := &registration{dir: dir, lock: f}
-	info.QMP = filepath.Join(dir, machineSocket)
 	err = f.Truncate(0)
 	if err == nil {
 		err = json.NewEncoder(f).Encode(info)
@@ -114,16 +127,63 @@ func lockMachine(f *os.File) error {
 	return nil
 }
 
-// ownDirectory refuses a runtime directory that somebody else prepared.
-func ownDirectory(dir string) error {
+// checkDirectory refuses a runtime directory that somebody else prepared, or can
+// change.
+func checkDirectory(dir string) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(dir, &st); err != nil {
 		return fmt.Errorf("runtime directory %s: %w", dir, err)
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Geteuid() {
+	switch {
+	case st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Geteuid():
 		return fmt.Errorf("runtime directory %s belongs to somebody else: set GNOMON_RUNTIME_DIR to one of your own", dir)
+	case st.Mode&0o022 != 0:
+		return fmt.Errorf("runtime directory %s can be written by others: take that from them (chmod go-w %s), or set GNOMON_RUNTIME_DIR to another one", dir, dir)
 	}
 	return nil
+}
+
+// lockDirectory waits for the runtime directory's lock, which who registers
+// holds meanwhile; closing the file gives it back.
+func lockDirectory(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("runtime directory: %w", err)
+	}
+	for {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		if err != unix.EINTR {
+			break
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock runtime directory %s: %w", dir, err)
+	}
+	return f, nil
+}
+
+// removeStale removes what killed machines left. Preconditions: the caller holds
+// the directory's lock.
+func removeStale(parent string) {
+	entries, err := os.ReadDir(parent)
+	if err != nil {
+		return // whoever registers hears of it
+	}
+	for _, e := range entries {
+		dir := filepath.Join(parent, e.Name())
+		f, err := os.OpenFile(filepath.Join(dir, machineFile), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if err != nil {
+			continue // not a machine's
+		}
+		if lockMachine(f) == nil {
+			// What else may be there is not ours, and keeps the directory.
+			os.Remove(filepath.Join(dir, machineSocket))
+			os.Remove(filepath.Join(dir, machineFile))
+			os.Remove(dir)
+		}
+		f.Close()
+	}
 }
 
 // remove takes the machine out of the runtime directory.
@@ -136,6 +196,9 @@ func (r *registration) remove() {
 // runningMachines lists the user's running machines by name.
 func runningMachines() ([]machineInfo, error) {
 	entries, err := os.ReadDir(machinesDir())
+	if err == nil {
+		err = checkDirectory(machinesDir())
+	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("list machines: %w", err)
 	}
@@ -171,6 +234,9 @@ func qmpAddress(machine string) (string, error) {
 		return machine, nil
 	}
 	if info, ok := readMachine(filepath.Join(machinesDir(), machine)); ok {
+		if err := checkDirectory(machinesDir()); err != nil {
+			return "", err
+		}
 		return "unix:" + info.QMP, nil
 	}
 	if st, err := os.Lstat(machine); err == nil && st.Mode().Type() == fs.ModeSocket {

@@ -88,6 +88,74 @@ func TestRuntimeDirectoryOfAnother(t *testing.T) {
 	}
 }
 
+func TestRuntimeDirectoryRefused(t *testing.T) {
+	t.Setenv("GNOMON_RUNTIME_DIR", filepath.Join(t.TempDir(), strings.Repeat("x", 100)))
+	if _, err := register(&machineInfo{Name: "vm"}); err == nil || !strings.Contains(err.Error(), "shorter") {
+		t.Errorf("a long path: %v", err)
+	}
+	dir := t.TempDir()
+	t.Setenv("GNOMON_RUNTIME_DIR", dir)
+	r, _ := registered(t, "vm")
+	defer r.remove()
+	for _, mode := range []os.FileMode{0o720, 0o702, 0o1777} {
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		_, byRun := register(&machineInfo{Name: "vm2"})
+		_, byPs := runningMachines()
+		_, byName := qmpAddress("vm")
+		for _, err := range []error{byRun, byPs, byName} {
+			if err == nil || !strings.Contains(err.Error(), "chmod go-w") {
+				t.Errorf("mode %o: %v", mode, err)
+			}
+		}
+	}
+}
+
+// Who registers clears up after machines that were killed, and after nobody else.
+func TestRemoveStale(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("GNOMON_RUNTIME_DIR", dir)
+	running, _ := registered(t, "running")
+	defer running.remove()
+	for _, name := range []string{"killed", "killed-with-more"} {
+		r, info := registered(t, name)
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: info.QMP, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.SetUnlinkOnClose(false)
+		l.Close()
+		r.lock.Close() // as the kernel does
+	}
+	if err := os.WriteFile(filepath.Join(dir, "killed-with-more", "notes"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(dir, "mine", "empty"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	again, _ := registered(t, "again")
+	defer again.remove()
+	left, err := filepath.Glob(filepath.Join(dir, "*", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, path := range left {
+		name, err := filepath.Rel(dir, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, name)
+	}
+	if want := "again/machine.json killed-with-more/notes mine/empty running/machine.json"; strings.Join(got, " ") != want {
+		t.Errorf("left: %s\nwant: %s", got, want)
+	}
+	if _, err := os.Lstat(filepath.Join(dir, "killed")); err == nil {
+		t.Error("a killed machine's directory is still there")
+	}
+}
+
 func TestQMPAddress(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)

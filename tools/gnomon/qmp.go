@@ -101,10 +101,12 @@ func runQMP(ctx context.Context, c *client.Client, p *qmpPrinter, in io.Reader, 
 		return pipeQMP(ctx, c, in, p)
 	}
 	if watch {
+		ended := false
 		for e := range events {
 			p.event(e)
+			ended = ended || e.Event == "SHUTDOWN"
 		}
-		if ctx.Err() == nil {
+		if ctx.Err() == nil && !ended {
 			return fmt.Errorf("%w: the machine is gone", client.ErrConnection)
 		}
 	}
@@ -134,8 +136,13 @@ func pipeQMP(ctx context.Context, c *client.Client, in io.Reader, p *qmpPrinter)
 	}
 }
 
+const promptHelp = `COMMAND [KEY=VALUE]...: query-commands lists the machine's commands.
+Tab completes a command, the arrows up and down bring earlier lines back, Ctrl-D or Ctrl-C leaves; the machine runs on.`
+
 // interactQMP is a shell on a terminal.
 func interactQMP(ctx context.Context, c *client.Client, in *os.File, p *qmpPrinter) error {
+	ctx, leave := context.WithCancel(ctx)
+	defer leave() // before the connection is closed: who leaves need not hear that
 	names, err := c.Commands(ctx)
 	if err != nil {
 		return err
@@ -161,7 +168,7 @@ func interactQMP(ctx context.Context, c *client.Client, in *os.File, p *qmpPrint
 		return completed + line[pos:], len(completed), true
 	}
 	p = &qmpPrinter{out: t, raw: p.raw}
-	fmt.Fprintf(t, "Connected to %s %s. Tab completes, Ctrl-D ends.\n", c.Version.Package, c.Version)
+	fmt.Fprintf(t, "Connected to %s %s. help tells the keys, Ctrl-D ends.\n", c.Version.Package, c.Version)
 	events := c.Subscribe(ctx)
 	go func() {
 		for e := range events {
@@ -181,6 +188,10 @@ func interactQMP(ctx context.Context, c *client.Client, in *os.File, p *qmpPrint
 		}
 		words := client.SplitWords(line)
 		if len(words) == 0 {
+			continue
+		}
+		if len(words) == 1 && words[0] == "help" {
+			fmt.Fprintln(t, promptHelp)
 			continue
 		}
 		command, err := client.ParseCommand(words)

@@ -34,6 +34,7 @@ func startQMP(t *testing.T) (path string, srv *qmp.Server) {
 	t.Helper()
 	reg := qmp.NewRegistry()
 	qmp.RegisterEvent[qmpTestEvent](reg, "TEST_EVENT")
+	qmp.RegisterEvent[qmpTestEvent](reg, "SHUTDOWN")
 	qmp.Register(reg, "test-echo", func(_ context.Context, _ *qmp.Session, a qmpTestArgs) (qmpTestArgs, error) { return a, nil })
 	qmp.Register(reg, "test-emit", func(_ context.Context, s *qmp.Session, _ qmp.Empty) (qmp.Empty, error) {
 		return qmp.Empty{}, s.Server().Emit("TEST_EVENT", qmpTestEvent{"hello"})
@@ -105,9 +106,29 @@ func TestQMPErrors(t *testing.T) {
 	}
 }
 
-// TestQMPEvents watches events up to the end of the machine, which is an error.
+// TestQMPEvents watches events up to the end of the machine, which is an error
+// when nothing told of it.
 func TestQMPEvents(t *testing.T) {
 	path, srv := startQMP(t)
+	if err := watchToTheEnd(t, path, func() { srv.Close() }); err == nil || !strings.Contains(err.Error(), "the machine is gone") {
+		t.Errorf("ended with %v", err)
+	}
+	path, srv = startQMP(t)
+	err := watchToTheEnd(t, path, func() {
+		if err := srv.Emit("SHUTDOWN", qmpTestEvent{"bye"}); err != nil {
+			t.Error(err)
+		}
+		srv.Close()
+	})
+	if err != nil {
+		t.Errorf("after SHUTDOWN: %v", err)
+	}
+}
+
+// watchToTheEnd has gnomon qmp watch events, calls end when one has come, and
+// returns the command's error.
+func watchToTheEnd(t *testing.T, path string, end func()) error {
+	t.Helper()
 	cmd := newQMPCommand()
 	cmd.SilenceErrors, cmd.SilenceUsage = true, true
 	r, w := io.Pipe()
@@ -121,39 +142,24 @@ func TestQMPEvents(t *testing.T) {
 			t.Fatalf("printed %s", lines.Text())
 		}
 	}
-	srv.Close()
-	if err := <-done; err == nil || !strings.Contains(err.Error(), "the machine is gone") {
-		t.Errorf("ended with %v", err)
-	}
+	end()
+	go io.Copy(io.Discard, r)
+	return <-done
 }
 
 // TestQMPTerminal types at a terminal: completion, a command, an event, history, an error, the end.
 func TestQMPTerminal(t *testing.T) {
 	path, _ := startQMP(t)
-	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
+	master, terminal := openTerminal(t)
+	start := func() <-chan error {
+		cmd := newQMPCommand()
+		cmd.SetIn(terminal)
+		cmd.SetOut(terminal)
+		cmd.SetArgs([]string{path})
+		done := make(chan error, 1)
+		go func() { done <- cmd.ExecuteContext(t.Context()) }()
+		return done
 	}
-	defer master.Close()
-	if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		t.Fatal(err)
-	}
-	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
-	if err != nil {
-		t.Fatal(err)
-	}
-	terminal, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer terminal.Close()
-	cmd := newQMPCommand()
-	cmd.SetIn(terminal)
-	cmd.SetOut(terminal)
-	cmd.SetArgs([]string{path})
-	done := make(chan error, 1)
-	go func() { done <- cmd.ExecuteContext(t.Context()) }()
-
 	r := bufio.NewReader(master)
 	await := func(want string) {
 		t.Helper()
@@ -165,6 +171,9 @@ func TestQMPTerminal(t *testing.T) {
 			}
 			seen.WriteByte(c)
 		}
+		if strings.Contains(seen.String(), "gone") {
+			t.Fatalf("the machine is there, but: %q", seen.String())
+		}
 	}
 	typed := func(s string) {
 		t.Helper()
@@ -172,7 +181,11 @@ func TestQMPTerminal(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	done := start()
 	await("(QMP) ")
+	typed("help\r")
+	await("query-commands lists the machine's commands")
+	await("Tab completes")
 	typed("test-ec\tname=n\r")
 	await(`"name": "n"`)
 	typed("test-e\t")
@@ -183,10 +196,40 @@ func TestQMPTerminal(t *testing.T) {
 	await("CommandNotFound: The command nonsense has not been found")
 	typed("\x1b[A\x1b[A\x1b[A\r") // the first command again
 	await(`"name": "n"`)
+	for _, key := range strings.Repeat("\x04\x03", 10) { // Ctrl-D, Ctrl-C
+		typed(string(key))
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		done = start()
+		await("Connected to") // the terminal is raw
+	}
 	typed("\x04")
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
+}
+
+func openTerminal(t *testing.T) (master, terminal *os.File) {
+	t.Helper()
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { master.Close() })
+	if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	terminal, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { terminal.Close() })
+	return master, terminal
 }
 
 func TestQMPCompletion(t *testing.T) {
