@@ -5,6 +5,7 @@ import (
 	"sync"
 
 	"github.com/klauspost/compress/s2"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -87,6 +88,9 @@ func (o *output) write() {
 	o.writing++
 	o.mu.Unlock()
 	_, err := file.WriteAt(full, int64(at))
+	// On its way to the disk while the rest is compressed, so that Commit, which
+	// waits for all of it, need not begin there. If that cannot be, nothing is lost.
+	_ = unix.SyncFileRange(int(file.Fd()), int64(at), int64(len(full)), unix.SYNC_FILE_RANGE_WRITE)
 	o.mu.Lock()
 	o.writing--
 	o.writes++
