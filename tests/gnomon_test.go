@@ -80,8 +80,14 @@ type process struct {
 // at which rw is the test's end.
 func launch(t *testing.T, args ...string) (p *process, rw io.ReadWriter) {
 	t.Helper()
+	return launchCommand(t, "run", args...)
+}
+
+// launchCommand is launch for a command that may be another than run.
+func launchCommand(t *testing.T, command string, args ...string) (p *process, rw io.ReadWriter) {
+	t.Helper()
 	p = &process{name: strings.NewReplacer("/", "-", "#", "-").Replace(t.Name()), stopped: make(chan struct{})}
-	p.Cmd = exec.Command(gnomon, append([]string{"run", "--name", p.name}, args...)...)
+	p.Cmd = exec.Command(gnomon, append([]string{command, "--name", p.name}, args...)...)
 	p.Stderr = &p.log
 	in, err := p.StdinPipe()
 	if err != nil {

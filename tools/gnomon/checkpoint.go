@@ -98,5 +98,6 @@ machine. gnomon restore starts a machine from the file.`,
 			time.Duration(r.TotalNS).Round(time.Millisecond), time.Duration(r.PauseNS).Round(10*time.Microsecond))
 		return nil
 	}
+	cmd.AddCommand(newCheckpointFileCommands()...)
 	return cmd
 }

@@ -1,0 +1,187 @@
+package tests
+
+import (
+	"context"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/gnomon-vmm/gnomon/tests/guest"
+	"github.com/gnomon-vmm/gnomon/tests/guest/probe"
+)
+
+// command runs gnomon with the given arguments and returns what it prints.
+func command(ctx context.Context, t *testing.T, args ...string) string {
+	t.Helper()
+	cmd := exec.CommandContext(ctx, gnomon, args...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("gnomon %s: %v\n%s", strings.Join(args, " "), err, &stderr)
+	}
+	return string(out)
+}
+
+// restoreFigures is what __org.gnomon_query-restore returns of what matters here.
+type restoreFigures struct {
+	Complete        bool  `json:"complete"`
+	GuestFaults     int64 `json:"guest-faults"`
+	DeviceFaults    int64 `json:"device-faults"`
+	DemandPages     int64 `json:"demand-pages"`
+	AheadPages      int64 `json:"ahead-pages"`
+	BackgroundPages int64 `json:"background-pages"`
+	CopyCalls       int64 `json:"copy-calls"`
+	BlockReads      int64 `json:"block-reads"`
+	UsedPages       int64 `json:"used-pages"`
+	UnusedPages     int64 `json:"unused-pages"`
+}
+
+// A machine is saved while it runs, once whole and once by what changed, its
+// process is killed, and another goes on with it.
+func TestCheckpointCommands(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	kernel, err := probe.Path()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	full, child, flat := filepath.Join(dir, "full"), filepath.Join(dir, "child"), filepath.Join(dir, "flat")
+	p, _ := launch(t, "--kernel", kernel, "--append", "fill size=32M; wait for=host; verify", "--memory", "96M", "--net", "none")
+	p.connect(ctx, t)
+	for !strings.Contains(command(ctx, t, "ps", "--output", "json"), p.name) {
+	}
+	var report struct {
+		File   string `json:"file"`
+		ID     string `json:"id"`
+		Parent string `json:"parent"`
+		Pages  int64  `json:"pages"`
+		Bytes  int64  `json:"file-bytes"`
+		Writes int64  `json:"writes"`
+	}
+	save := func(args ...string) {
+		t.Helper()
+		out := command(ctx, t, append([]string{"checkpoint", p.name, "--output", "json"}, args...)...)
+		report.Parent = ""
+		if err := json.Unmarshal([]byte(out), &report); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		if most := report.Bytes/(256<<10) + 50; report.Writes > most {
+			t.Errorf("%d writes for %d bytes", report.Writes, report.Bytes)
+		}
+	}
+	save("--to", full)
+	if report.File != full || report.Pages != 96<<20/4096 {
+		t.Errorf("%+v", report)
+	}
+	whole := report
+	save("--to", child, "--parent", full, "--mode", "stop")
+	if report.Parent != full || report.Pages*10 > whole.Pages && report.Bytes*2 > whole.Bytes {
+		t.Errorf("%+v continues %+v", report, whole)
+	}
+	if out := command(ctx, t, "checkpoint", p.name, "--to", filepath.Join(dir, "text")); !strings.Contains(out, "paused for") {
+		t.Errorf("printed %q", out)
+	}
+	if err := p.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-p.stopped
+
+	command(ctx, t, "checkpoint", "verify", child)
+	if out := command(ctx, t, "checkpoint", "info", child); !strings.Contains(out, report.ID) || !strings.Contains(out, whole.ID) {
+		t.Errorf("info does not name the chain:\n%s", out)
+	}
+	command(ctx, t, "checkpoint", "flatten", child, "--to", flat)
+	if err := os.Remove(full); err != nil {
+		t.Fatal(err)
+	}
+	for _, prefetch := range []string{"none", "locality"} {
+		next, rw := launchCommand(t, "restore", flat, "--prefetch", prefetch, "--record")
+		if _, err := rw.Write([]byte("go on\n")); err != nil {
+			t.Fatal(err)
+		}
+		serial := make([]byte, 0, 4096)
+		for buf := make([]byte, 4096); ; {
+			n, err := rw.Read(buf)
+			if serial = append(serial, buf[:n]...); err != nil || strings.Contains(string(serial), "probe: done") {
+				break
+			}
+		}
+		if status := next.status(ctx, t); status != 0 {
+			t.Errorf("status %d\n%s", status, &next.log)
+		}
+		results := probe.Parse(string(serial))
+		if len(results.Lines) == 0 || results.Lines[len(results.Lines)-1].Values["bad"] != "0" {
+			t.Errorf("%s: the restored guest says:\n%s", prefetch, serial)
+		}
+	}
+}
+
+// Linux with two vCPUs, restored after its process was killed, is the machine it
+// was; and a program in it that reads its heap meets few faults.
+func TestRestoredLinux(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	size := int64(64 << 20)
+	if interpreted(t) {
+		size = 16 << 20
+	}
+	file := filepath.Join(t.TempDir(), "linux")
+	p, agent := bootLinux(ctx, t, "--cpus", "2", "--memory", "256M")
+	sum, err := agent.Fill(ctx, "heap", 11, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := agent.Clocks(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	command(ctx, t, "checkpoint", p.name, "--to", file)
+	if err := p.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-p.stopped
+
+	restore := func(prefetch string) restoreFigures {
+		t.Helper()
+		next, rw := launchCommand(t, "restore", file, "--prefetch", prefetch, "--no-background", "--record")
+		agent := guest.NewAgent(rw, &next.log)
+		got, err := agent.Verify(ctx, "heap")
+		if err != nil || got != sum {
+			t.Fatalf("%s: the heap is %+v, want %+v: %v", prefetch, got, sum, err)
+		}
+		after, err := agent.Clocks(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if after.Monotonic < before.Monotonic || after.Boottime < before.Boottime || after.Realtime < before.Realtime {
+			t.Errorf("%s: clocks went from %+v to %+v", prefetch, before, after)
+		}
+		next.connect(ctx, t)
+		var f restoreFigures
+		next.do(ctx, t, "__org.gnomon_query-restore", nil, &f)
+		t.Logf("%s: %+v", prefetch, f)
+		if err := agent.PowerOff(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if status := next.status(ctx, t); status != 0 {
+			t.Errorf("%s: status %d", prefetch, status)
+		}
+		return f
+	}
+	none, locality := restore("none"), restore("locality")
+	recorded := restore("locality,recorded")
+	if locality.GuestFaults*20 > none.GuestFaults {
+		t.Errorf("%d faults by locality, more than 5 %% of %d without", locality.GuestFaults, none.GuestFaults)
+	}
+	if recorded.GuestFaults*100 > none.GuestFaults {
+		t.Errorf("%d faults with a recorded run, more than 1 %% of %d without", recorded.GuestFaults, none.GuestFaults)
+	}
+	if locality.CopyCalls*4 > locality.DemandPages+locality.AheadPages {
+		t.Errorf("%d calls installed %d pages: fewer than 4 a call", locality.CopyCalls, locality.DemandPages+locality.AheadPages)
+	}
+}
