@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -18,8 +19,11 @@ const (
 	guestTables = 0x1000 // PML4, page directory pointers, page directory
 	guestGDT    = 0x4000
 	guestCode   = 0x5000
-	guestList   = 0x10000 // addresses to read, 8 bytes each
+	guestList   = 0x10000  // addresses to read, 8 bytes each
+	guestPaging = 0x100000 // a page directory and page tables for guestHeap
 	guestData   = 0x200000
+
+	guestHeap = 1 << 30 // virtual: the data's pages in their virtual order
 )
 
 // The guest adds up the words at the addresses of the list. RSI is the list, RCX
@@ -34,10 +38,11 @@ var sumCode = []byte{
 	0xe6, 0x80, // out 0x80, al
 }
 
-// kvmGuest is a source with a program that reads pages in an order, and what it
-// must come to. The data's blocks have the order of their addresses, and lie
-// behind those of the program.
-func kvmGuest(pages int, order []uint64) (f *fake, sum uint64) {
+// kvmGuest is a source with a program that reads pages of its heap in an order,
+// and what they must come to. heap has, for each virtual page, the physical one.
+// Its blocks have the virtual order, and lie behind those of the program.
+func kvmGuest(heap, order []uint64) (f *fake, sum uint64) {
+	pages := len(heap)
 	f = newFake(guestmem.Range{GPA: 0, Size: guestData + uint64(pages)*pageSize})
 	f.bytes = map[uint64][]byte{}
 	put := func(at uint64, words ...uint64) {
@@ -57,13 +62,19 @@ func kvmGuest(pages int, order []uint64) (f *fake, sum uint64) {
 	for i := range uint64(512) {
 		put(guestTables+2*pageSize+8*i, i<<21|presentWritableUser|large)
 	}
+	put(guestTables+pageSize+8, guestPaging|presentWritableUser)
+	for i, page := range heap {
+		if i%512 == 0 {
+			put(guestPaging+uint64(i)/512*8, (guestPaging+(1+uint64(i)/512)*pageSize)|presentWritableUser)
+		}
+		put(guestPaging+pageSize+8*uint64(i), (guestData+page*pageSize)|presentWritableUser)
+	}
 	put(guestGDT, 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00cff3000000ffff, 0x00affb000000ffff)
 	f.bytes[guestCode/pageSize] = sumCode
 	for i, page := range order {
-		gpa := guestData + page*pageSize
-		put(guestList+8*uint64(i), gpa)
+		put(guestList+8*uint64(i), guestHeap+page*pageSize)
 		p := make([]byte, pageSize)
-		fill(p, gpa/pageSize)
+		fill(p, guestData/pageSize+heap[page])
 		sum += binary.LittleEndian.Uint64(p)
 	}
 	var program []uint64
@@ -73,11 +84,11 @@ func kvmGuest(pages int, order []uint64) (f *fake, sum uint64) {
 		}
 	}
 	f.add(program, BlockPages)
-	var data []uint64
-	for i := range uint64(pages) {
-		data = append(data, guestData/pageSize+i)
+	var blocks []uint64
+	for _, page := range heap {
+		blocks = append(blocks, guestData/pageSize+page)
 	}
-	f.add(data, BlockPages)
+	f.add(blocks, BlockPages)
 	return f, sum
 }
 
@@ -148,12 +159,20 @@ func (m *machine) sum(vcpu *kvm.VCPU) (uint64, error) {
 	}
 }
 
+func shuffled(pages int) []uint64 {
+	var s []uint64
+	for _, i := range rand.New(rand.NewPCG(uint64(pages), 1)).Perm(pages) {
+		s = append(s, uint64(i))
+	}
+	return s
+}
+
 // TestKVM: a guest runs on memory that comes as it goes.
 func TestKVM(t *testing.T) {
 	const pages = 4096
 	order := ascending(0, pages)
 	for _, policy := range []Policy{0, Physical, Locality} {
-		f, want := kvmGuest(pages, order)
+		f, want := kvmGuest(shuffled(pages), order)
 		m := newMachine(t, f, Options{Policy: policy, Background: policy == Physical})
 		m.p.Start()
 		got, err := m.sum(m.startKVM(len(order)))
@@ -175,7 +194,7 @@ func TestUsage(t *testing.T) {
 			touched[guestData/pageSize+block*BlockPages+i] = true
 		}
 	}
-	f, want := kvmGuest(pages, order)
+	f, want := kvmGuest(ascending(0, pages), order)
 	m := newMachine(t, f, Options{Policy: Locality})
 	m.p.Start()
 	if used, unused, err := m.p.Usage(); err != nil || used+unused != 0 {
@@ -210,7 +229,7 @@ func TestUsage(t *testing.T) {
 func TestKVMDamaged(t *testing.T) {
 	const pages = 1024
 	order := ascending(0, pages)
-	f, _ := kvmGuest(pages, order)
+	f, _ := kvmGuest(ascending(0, pages), order)
 	bad := f.at[guestData/pageSize+700].Block
 	f.fail[bad] = errDamaged
 	reported := make(chan error, 1)
@@ -235,5 +254,41 @@ func TestKVMDamaged(t *testing.T) {
 	got := make([]byte, pageSize)
 	if err := m.mem.Read(guestData, got); err != nil || !bytes.Equal(got, f.want(guestData/pageSize)) {
 		t.Errorf("what was loaded: %v", err)
+	}
+}
+
+// BenchmarkKVMWalk is what a guest's walk by virtual addresses takes, a page, with
+// its memory resident but not yet mapped by KVM, and by policy.
+func BenchmarkKVMWalk(b *testing.B) {
+	const pages = 16384
+	order := ascending(0, pages)
+	f, want := kvmGuest(shuffled(pages), order)
+	f.quiet = true
+	for name, o := range map[string]Options{
+		"resident": {Policy: Locality, Background: true}, "none": {}, "locality": {Policy: Locality}, "locality, background": {Policy: Locality, Background: true},
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				b.StopTimer()
+				m := newMachine(b, f, o)
+				m.p.Start()
+				if name == "resident" {
+					m.p.LoadAll()
+					<-m.p.Done()
+				}
+				vcpu := m.startKVM(len(order))
+				b.StartTimer()
+				if got, err := m.sum(vcpu); err != nil || got != want {
+					b.Fatal(got, err)
+				}
+				b.StopTimer()
+				b.ReportMetric(float64(m.p.Stats().GuestFaults), "faults")
+				m.p.Close()
+				vcpu.Close()
+				m.mem.Close()
+				b.StartTimer()
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*pages), "ns/page")
+		})
 	}
 }

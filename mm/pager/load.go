@@ -55,7 +55,8 @@ func (p *Pager) read(b Block, buf []byte) ([]byte, error) {
 
 // loadBlock installs what is missing of a block. If somebody waits for a page,
 // it is answered before the others come; but a guest that walks will want them
-// all, and would only stumble over the next, so it waits for the whole block.
+// all, and would only stumble over the next, so it waits for the whole block and
+// is woken by the caller.
 func (p *Pager) loadBlock(l *loader, b Block, first place, from origin) error {
 	pages, err := p.cache.block(p, b, l.block[:])
 	if err != nil {
@@ -93,8 +94,8 @@ func (p *Pager) loadBlock(l *loader, b Block, first place, from origin) error {
 			putFirst(todo, first)
 		}
 	}
-	for len(todo) > 0 {
-		if from != demand {
+	for calls := 0; len(todo) > 0; calls++ {
+		if from != demand && calls%8 == 0 {
 			runtime.Gosched() // demands first
 		}
 		n := runLength(todo)
@@ -103,9 +104,6 @@ func (p *Pager) loadBlock(l *loader, b Block, first place, from origin) error {
 			return err
 		}
 		todo = todo[n:]
-	}
-	if from == demand && !wake {
-		_ = p.u.Wake(first.r.addrOf(first.i), pageSize) // it fails if closed, and then all are awake
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 )
 
@@ -49,8 +50,11 @@ func mixed(seed uint64) *fake {
 	f.add(pages[len(pages)/3:], 1+rng.IntN(64))
 	for i, pfn := range equal {
 		f.at[pfn] = f.at[pages[rng.IntN(len(pages))]]
-		if i%3 > 0 { // equal pages often lie together
+		switch {
+		case i%3 > 0: // equal pages often lie together
 			f.at[pfn] = f.at[equal[i-1]]
+		case i%7 == 0: // and one may outlive the page that it equalled
+			f.at[pfn] = Location{Kind: checkpoint.Data, Block: 0, Slot: rng.IntN(len(f.blocks[0]))}
 		}
 	}
 	return f
@@ -210,6 +214,10 @@ func TestEverythingIsLoaded(t *testing.T) {
 	}
 	f.readOnce(t)
 	m.walk(f.pfns())
+	m.p.place(f.blocks[1][0]).r.states[0].Store(0)
+	if err := m.mem.Touch(0, 16*pageSize); err != nil || m.p.Stats().DeviceFaults != 0 {
+		t.Errorf("the memory still asks its pager, %v", err)
+	}
 	if err := m.p.Close(); err != nil {
 		t.Errorf("close after completion: %v", err)
 	}

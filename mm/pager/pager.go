@@ -96,6 +96,7 @@ type Pager struct {
 	queue
 	closed  bool
 	started bool
+	gone    bool // the pager has let go
 }
 
 var _ guestmem.Pager = (*Pager)(nil)
@@ -188,7 +189,7 @@ func (p *Pager) LoadAll() {
 // Done is closed when nothing is missing and the pager has let go.
 func (p *Pager) Done() <-chan struct{} { return p.done }
 
-// Wait returns when nothing is missing, or with the error that makes this
+// Wait returns when the pager has let go, or with the error that makes this
 // impossible.
 func (p *Pager) Wait(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() {
@@ -201,7 +202,7 @@ func (p *Pager) Wait(ctx context.Context) error {
 	defer p.mu.Unlock()
 	for {
 		switch {
-		case p.complete:
+		case p.gone:
 			return nil
 		case p.firstErr != nil:
 			return p.firstErr
@@ -235,6 +236,7 @@ func (p *Pager) letGo() {
 		p.report(fmt.Errorf("%w: let go: %w", ErrLoad, err))
 	}
 	p.mu.Lock()
+	p.gone = true
 	p.wanted.Broadcast()
 	p.arrivals.Broadcast()
 	p.mu.Unlock()

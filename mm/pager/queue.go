@@ -17,7 +17,7 @@ const (
 	blockLoading                   // whoever demanded it, or the background
 	blockDone                      // all its pages are installed
 	blockFailed                    // it cannot be read; queue.failed says why
-	// blockBatch + i: it belongs to batches[i], and is queued or being loaded.
+	// blockBatch + i: it belongs to batches[i], of which some are still to come.
 	blockBatch
 )
 
@@ -37,6 +37,12 @@ type batch struct {
 
 const noBatch = -1
 
+// installed counts a block, and tells whether it was the last.
+func (b *batch) installed() bool {
+	b.left--
+	return b.left == 0
+}
+
 // held is a fault that somebody else's work will answer.
 type held struct {
 	at    place
@@ -54,7 +60,7 @@ type queue struct {
 	idle     int             // how many blocks are idle
 	failed   map[Block]error // why a block is blockFailed
 	firstErr error
-	complete bool
+	complete bool // nothing is missing
 
 	batches [maxBatches]batch
 	ready   []int // batches of which some blocks are not taken, in order
@@ -274,24 +280,29 @@ func (q *queue) allDone() bool {
 func (p *Pager) finish(b Block, err error, from origin) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	through := noBatch
-	if s := p.blocks[b]; s >= blockBatch {
-		i := int(s - blockBatch)
-		if p.batches[i].left--; p.batches[i].left == 0 {
-			through = i
-		}
-	}
-	p.blocks[b] = blockDone
-	if err != nil {
+	s, through := p.blocks[b], noBatch
+	switch {
+	case err != nil:
 		p.blocks[b] = blockFailed
 		p.failBlock(b, err)
+	case s < blockBatch:
+		p.blocks[b] = blockDone
+	}
+	if s >= blockBatch {
+		if i := int(s - blockBatch); p.batches[i].installed() {
+			through = i
+			for _, b := range p.batches[i].blocks[:p.batches[i].n] {
+				if p.blocks[b] == s {
+					p.blocks[b] = blockDone
+				}
+			}
+		}
 	}
 	switch from {
 	case demand:
 		p.endDemand()
 	case background:
 		p.stepping--
-		p.wanted.Signal()
 	}
 	p.release(through)
 }

@@ -41,7 +41,7 @@ type Stats struct {
 	// to load whole.
 	Blocks     int  `json:"blocks"`
 	BlocksLeft int  `json:"blocks-left"`
-	Complete   bool `json:"complete"` // nothing is missing
+	Complete   bool `json:"complete"` // nothing is missing, and the pager has let go
 }
 
 // Installed is how many pages came from the file.
@@ -59,6 +59,6 @@ func (p *Pager) Stats() Stats {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s.Blocks, s.BlocksLeft, s.Complete = len(p.blocks), p.idle, p.complete
+	s.Blocks, s.BlocksLeft, s.Complete = len(p.blocks), p.idle, p.gone
 	return s
 }

@@ -56,7 +56,6 @@ func (p *Pager) sweepStep(l *loader) {
 	defer p.mu.Unlock()
 	p.stepping--
 	p.release(noBatch)
-	p.wanted.Signal()
 }
 
 // look remembers which of the next pages are missing.
