@@ -368,11 +368,12 @@ func TestRestoreRefuses(t *testing.T) {
 			}
 		})
 	}
-	for name, c := range map[string]struct {
+	type refusal struct {
 		sections []vmm.Section
 		change   func(*vmm.Config)
 		words    []string
-	}{
+	}
+	refusals := map[string]refusal{
 		"unknown section": {append(sections[:len(sections):len(sections)], vmm.Section{Name: "flux-capacitor", Version: 1}), nil, []string{"flux-capacitor"}},
 		"missing section": {sections[:len(sections)-1], nil, []string{"virtio:balloon0"}},
 		"section twice":   {append(sections[:len(sections):len(sections)], sections[3]), nil, []string{sections[3].Name, "twice"}},
@@ -402,7 +403,12 @@ func TestRestoreRefuses(t *testing.T) {
 			f := m["Functions"].([]any)
 			f[1].(map[string]any)["Config"] = f[2].(map[string]any)["Config"]
 		}), nil, []string{"pci", "slot 1", "another device"}},
-	} {
+	}
+	if r.Assisted() { // others may scale the TSC
+		refusals["other TSC"] = refusal{host(func(h map[string]any) { h["TSCKHz"] = 1_000_000 }), nil, []string{"1000000 kHz"}}
+		refusals["lost native feature"] = refusal{host(func(h map[string]any) { h["Native"] = []string{"sse2", "avx1024"} }), nil, []string{"lacks: avx1024:"}}
+	}
+	for name, c := range refusals {
 		err := try(c.sections, c.change)
 		if !errors.Is(err, vmm.ErrRestore) {
 			t.Errorf("%s: %v", name, err)
