@@ -3,12 +3,18 @@ package tests
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"io/fs"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
 	"github.com/gnomon-vmm/gnomon/tests/guest"
 	"github.com/gnomon-vmm/gnomon/tests/guest/probe"
 )
@@ -184,4 +190,98 @@ func TestRestoredLinux(t *testing.T) {
 	if locality.CopyCalls*4 > locality.DemandPages+locality.AheadPages {
 		t.Errorf("%d calls installed %d pages: fewer than 4 a call", locality.CopyCalls, locality.DemandPages+locality.AheadPages)
 	}
+}
+
+// A machine's process that is killed at any point of saving leaves the earlier
+// checkpoints whole, and no file by the new one's name that is not.
+func TestKilledWhileSaving(t *testing.T) {
+	const kills = 100
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	kernel, err := probe.Path()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	random := rand.New(rand.NewPCG(1, 2))
+	complete, partial := 0, 0
+	window := 20 * time.Millisecond // within which a save is killed: about half of them are complete then
+	for i := range kills {
+		full, child := filepath.Join(dir, "full"), filepath.Join(dir, "child")
+		p, _ := launch(t, "--kernel", kernel, "--append", "fill size=8M; wait for=host; dirty size=8M", "--memory", "32M", "--net", "none", "--serial", "null")
+		p.connect(ctx, t)
+		save := func(file, parent string) error {
+			args := map[string]any{"job-id": filepath.Base(file), "file": file}
+			if parent != "" {
+				args["parent"] = parent
+			}
+			return p.qmp.Execute(ctx, "__org.gnomon_checkpoint", args, nil)
+		}
+		if err := save(full, ""); err != nil {
+			t.Fatal(err)
+		}
+		for !concluded(ctx, t, p, "full") {
+			time.Sleep(time.Millisecond) // its process needs the processor
+		}
+		if err := save(child, full); err != nil {
+			t.Fatal(err)
+		}
+		for until := time.Now().Add(time.Duration(random.Int64N(int64(window)))); time.Now().Before(until); {
+			runtime.Gosched()
+		}
+		if err := p.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		<-p.stopped
+		if r, err := checkpoint.Open(full); err != nil {
+			t.Fatalf("kill %d: the earlier checkpoint: %v", i, err)
+		} else if err := errors.Join(r.Verify(ctx, nil), r.Close()); err != nil {
+			t.Fatalf("kill %d: the earlier checkpoint: %v", i, err)
+		}
+		switch r, err := checkpoint.Open(child); {
+		case err == nil:
+			complete++
+			window = window * 8 / 10
+			if err := errors.Join(r.Verify(ctx, nil), r.Close()); err != nil {
+				t.Errorf("kill %d: %v", i, err)
+			}
+		case errors.Is(err, fs.ErrNotExist):
+			partial++
+			window = window * 10 / 8
+		default:
+			t.Errorf("kill %d: a file by the checkpoint's name: %v", i, err)
+		}
+		left, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range left {
+			if partial, _ := filepath.Match(".child.*.partial", f.Name()); !partial && f.Name() != "full" && f.Name() != "child" {
+				t.Errorf("kill %d left %s behind", i, f.Name())
+			}
+			if err := os.Remove(filepath.Join(dir, f.Name())); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	t.Logf("%d saves were complete, %d were not", complete, partial)
+	if partial == 0 || complete == 0 {
+		t.Errorf("%d complete and %d partial saves: the kills were not spread over saving", complete, partial)
+	}
+}
+
+// concluded tells that a job has ended well.
+func concluded(ctx context.Context, t *testing.T, p *process, id string) bool {
+	t.Helper()
+	var jobs []struct{ ID, Status, Error string }
+	p.do(ctx, t, "query-jobs", nil, &jobs)
+	for _, j := range jobs {
+		if j.ID == id && j.Status == "concluded" {
+			if j.Error != "" {
+				t.Fatal(j.Error)
+			}
+			return true
+		}
+	}
+	return false
 }
