@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -170,6 +171,10 @@ func TestRestoredLinux(t *testing.T) {
 		next.connect(ctx, t)
 		var f restoreFigures
 		next.do(ctx, t, "__org.gnomon_query-restore", nil, &f)
+		metric := fmt.Sprintf("gnomon_restore_guest_faults{machine=%q} %d\n", next.name, f.GuestFaults)
+		if out := command(ctx, t, "stats", next.name, "--output", "prometheus"); !strings.Contains(out, metric) {
+			t.Errorf("%q is not among\n%s", metric, out)
+		}
 		t.Logf("%s: %+v", prefetch, f)
 		if err := agent.PowerOff(ctx); err != nil {
 			t.Fatal(err)
