@@ -51,10 +51,10 @@ func mixed(seed uint64) *fake {
 	for i, pfn := range equal {
 		f.at[pfn] = f.at[pages[rng.IntN(len(pages))]]
 		switch {
-		case i%3 > 0: // equal pages often lie together
-			f.at[pfn] = f.at[equal[i-1]]
-		case i%7 == 0: // and one may outlive the page that it equalled
+		case i%7 == 0: // one may outlive the page that it equalled
 			f.at[pfn] = Location{Kind: checkpoint.Data, Block: 0, Slot: rng.IntN(len(f.blocks[0]))}
+		case i%3 > 0: // and equal pages often lie together
+			f.at[pfn] = f.at[equal[i-1]]
 		}
 	}
 	return f
@@ -214,7 +214,7 @@ func TestEverythingIsLoaded(t *testing.T) {
 	}
 	f.readOnce(t)
 	m.walk(f.pfns())
-	m.p.place(f.blocks[1][0]).r.states[0].Store(0)
+	m.p.regions[0].states[0].Store(0)
 	if err := m.mem.Touch(0, 16*pageSize); err != nil || m.p.Stats().DeviceFaults != 0 {
 		t.Errorf("the memory still asks its pager, %v", err)
 	}
