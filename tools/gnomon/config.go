@@ -5,7 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
+	"io"
 	"slices"
 	"sort"
 
@@ -16,14 +16,28 @@ import (
 // and whose values are strings, numbers, booleans, or lists of strings for
 // flags that can be repeated. Flags set on the command line stay.
 func applyConfig(flags *pflag.FlagSet, path string) error {
-	raw, err := os.ReadFile(path)
+	raw, err := readConfig(path)
 	if err != nil {
-		return fmt.Errorf("configuration: %w", err)
+		return err
 	}
 	if err := applyValues(flags, raw); err != nil {
-		return usageError(fmt.Errorf("configuration %s: %w", path, err))
+		return usageError(fmt.Errorf("configuration %s: %w", path, flagError(err)))
 	}
 	return nil
+}
+
+// notAnObject says why a text was not read as a JSON object.
+func notAnObject(err error) string {
+	var syntax *json.SyntaxError
+	switch {
+	case errors.Is(err, io.EOF):
+		return "it is empty"
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return "it ends too early"
+	case errors.As(err, &syntax):
+		return fmt.Sprintf("at byte %d: %v", syntax.Offset, err)
+	}
+	return "it is not an object"
 }
 
 // applyValues sets the flags that a JSON object names and that are not set yet.
@@ -31,8 +45,8 @@ func applyValues(flags *pflag.FlagSet, object []byte) error {
 	d := json.NewDecoder(bytes.NewReader(object))
 	d.UseNumber()
 	var values map[string]any
-	if err := d.Decode(&values); err != nil {
-		return fmt.Errorf("%w: write an object whose keys are flags of gnomon run, such as {\"kernel\": \"bzImage\", \"cpus\": 2}", err)
+	if err := d.Decode(&values); err != nil || values == nil {
+		return fmt.Errorf("%s: write an object whose keys are flags of gnomon run, such as {\"kernel\": \"bzImage\", \"cpus\": 2}", notAnObject(err))
 	}
 	if d.More() {
 		return errors.New("something follows the object")

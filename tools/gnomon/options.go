@@ -1,10 +1,13 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/spf13/pflag"
 )
 
 // options are the key=value list of a flag such as --disk. As in QEMU, a comma
@@ -86,6 +89,29 @@ func (o *options) oneOf(key, absent string, choices ...string) (string, error) {
 		return "", o.errorf("%s=%s: %s are possible", key, v, strings.Join(choices, ", "))
 	}
 	return v, nil
+}
+
+// flagError says of a flag's value that cannot be right what is possible, where
+// that is a number or a switch.
+func flagError(err error) error {
+	var invalid *pflag.InvalidValueError
+	if !errors.As(err, &invalid) {
+		return err
+	}
+	flag := invalid.GetFlag()
+	var why string
+	switch flag.Value.Type() {
+	case "int":
+		why = "a whole number is needed"
+		if errors.Is(err, strconv.ErrRange) {
+			why = "the number is too large"
+		}
+	case "bool":
+		why = "true and false are possible"
+	default:
+		return err
+	}
+	return fmt.Errorf("--%s %s: %s", flag.Name, invalid.GetValue(), why)
 }
 
 // parseSize reads a size as QEMU does: a number with a suffix B, K, M, G or T;

@@ -5,9 +5,12 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"strings"
+	"strconv"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/gnomon-vmm/gnomon/disk"
+	"github.com/gnomon-vmm/gnomon/internal/unixsock"
 	"github.com/gnomon-vmm/gnomon/qmp"
 	"github.com/gnomon-vmm/gnomon/vmm"
 	"github.com/gnomon-vmm/gnomon/vmm/boot"
@@ -45,7 +48,7 @@ func (f *runFlags) plan() (*plan, error) {
 		Name: f.name, UUID: vmm.NewUUID(), CPUs: f.cpus, Cmdline: f.append,
 		Paused: f.paused, NoReboot: f.noReboot, NoBalloon: f.noBalloon, NoRNG: f.noRNG,
 	}}
-	for _, read := range []func() error{p.readMachine, p.readDisks, p.readNets, p.readVsock, p.readChardevs, p.readQMP} {
+	for _, read := range []func() error{p.readMachine, p.readDisks, p.readNets, p.readVsock, p.readChardevs, p.readQMP, p.countDevices, p.readFiles} {
 		if err := read(); err != nil {
 			return nil, usageError(err)
 		}
@@ -118,9 +121,18 @@ func (p *plan) readNets() error {
 		if err != nil {
 			return fmt.Errorf("--net: %w", err)
 		}
-		if spec.Kind != netdev.KindNone {
-			p.nets = append(p.nets, netPlan{text, spec})
+		if spec.Kind == netdev.KindNone {
+			if len(p.flags.nets) > 1 {
+				return errors.New("--net none is given with another --net: leave one of them out")
+			}
+			continue
 		}
+		for _, f := range spec.Forwards {
+			if f.Host.Port() == 0 {
+				return fmt.Errorf("--net %s: host port 0: 1 to 65535 are possible", text)
+			}
+		}
+		p.nets = append(p.nets, netPlan{text, spec})
 	}
 	return nil
 }
@@ -141,24 +153,31 @@ func (p *plan) readVsock() error {
 		return err
 	}
 	p.cid = uint32(cid)
-	p.vsock, err = o.need("path")
-	return err
+	if p.vsock, err = o.need("path"); err != nil {
+		return err
+	}
+	return checkSocketPath("--vsock", p.vsock)
+}
+
+func checkSocketPath(flag, path string) error {
+	if len(path) > unixsock.MaxPath {
+		return fmt.Errorf("%s: the path of a socket, %s, has %d bytes: up to %d are possible", flag, path, len(path), unixsock.MaxPath)
+	}
+	return nil
 }
 
 func (p *plan) readChardevs() error {
 	stdio := 0
 	for _, c := range []struct{ flag, spec string }{{"serial", p.flags.serial}, {"console", p.flags.console}} {
-		kind, rest, _ := strings.Cut(c.spec, ":")
-		switch {
-		case c.flag == "console" && c.spec == "":
-		case c.spec == "stdio":
+		if c.flag == "console" && c.spec == "" {
+			continue
+		}
+		spec, err := chardev.Parse(c.spec)
+		if err != nil {
+			return fmt.Errorf("--%s %w", c.flag, err)
+		}
+		if spec.Kind == "stdio" {
 			stdio++
-		case c.spec == "null":
-		case (kind == "file" || kind == "unix") && rest == "":
-			return fmt.Errorf("--%s %s: the path is missing: write %s:PATH", c.flag, c.spec, kind)
-		case kind == "file" || kind == "unix":
-		default:
-			return fmt.Errorf("--%s %q: stdio, file:PATH, unix:PATH and null are possible", c.flag, c.spec)
 		}
 	}
 	if stdio == 2 {
@@ -174,15 +193,40 @@ func (p *plan) readQMP() error {
 			return fmt.Errorf("--qmp: %w", err)
 		}
 		if network != "tcp" {
+			if err := checkSocketPath("--qmp", hostPort); err != nil {
+				return err
+			}
 			continue
 		}
 		// What is not an address may be a name that resolves to a loopback
 		// address; the server sees to that.
-		if host, _, err := net.SplitHostPort(hostPort); err == nil {
-			if ip := net.ParseIP(host); host == "" || ip != nil && !ip.IsLoopback() {
-				return fmt.Errorf("--qmp %s: QMP has no password: 127.0.0.1, ::1 and localhost are possible", address)
-			}
+		host, port, err := net.SplitHostPort(hostPort)
+		if err != nil {
+			return fmt.Errorf("--qmp %s: %w", address, err)
 		}
+		if ip := net.ParseIP(host); host == "" || ip != nil && !ip.IsLoopback() {
+			return fmt.Errorf("--qmp %s: QMP has no password: 127.0.0.1, ::1 and localhost are possible", address)
+		}
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return fmt.Errorf("--qmp %s: port %s: 1 to 65535 are possible", address, port)
+		}
+	}
+	return nil
+}
+
+// maxDevices is how many virtio devices a machine has at most: one in each slot
+// of its PCI bus but the first, which is the bus's own.
+const maxDevices = 31
+
+func (p *plan) countDevices() error {
+	n := len(p.disks) + len(p.nets)
+	for _, there := range []bool{p.vsock != "", p.flags.console != "", !p.flags.noRNG, !p.flags.noBalloon} {
+		if there {
+			n++
+		}
+	}
+	if n > maxDevices {
+		return fmt.Errorf("%d devices (disks, networks, vsock, console, entropy, balloon): a machine has at most %d: leave out some --disk or --net", n, maxDevices)
 	}
 	return nil
 }
@@ -215,11 +259,17 @@ func (p *plan) open(undo *opened, quit func()) (err error) {
 		return err
 	}
 	for _, d := range p.disks {
+		if err := checkDiskFile(d.path); err != nil {
+			return err
+		}
 		node, err := disk.Open(d.path, d.options)
 		if err != nil {
 			return err
 		}
 		undo.add(node.Close)
+		if node.Size() == 0 {
+			return fmt.Errorf("--disk file=%s: it has no size: name another file, or give it one (truncate -s 1G %s)", d.path, d.path)
+		}
 		d.attach.Node = node
 		m.Disks = append(m.Disks, d.attach)
 	}
@@ -240,16 +290,22 @@ func (p *plan) open(undo *opened, quit func()) (err error) {
 		m.Vsock = &vmm.Vsock{CID: p.cid, Host: host}
 	}
 	if p.flags.console != "" {
-		if m.Console, err = chardev.Open(p.flags.console, chardev.Options{Label: "console0", Exit: quit}); err != nil {
+		if m.Console, err = chardev.Open(p.flags.console, chardevOptions("console0", quit)); err != nil {
 			return adviseOnPath(fmt.Errorf("--console: %w", err))
 		}
 		undo.add(m.Console.Close)
 	}
-	if m.Serial, err = chardev.Open(p.flags.serial, chardev.Options{Label: "serial0", Exit: quit}); err != nil {
+	if m.Serial, err = chardev.Open(p.flags.serial, chardevOptions("serial0", quit)); err != nil {
 		return adviseOnPath(fmt.Errorf("--serial: %w", err))
 	}
 	undo.add(m.Serial.Close)
 	return nil
+}
+
+func chardevOptions(label string, quit func()) chardev.Options {
+	return chardev.Options{Label: label, Exit: quit, Failed: func(err error) {
+		report("%s: output could not be written and is lost: %v", label, err)
+	}}
 }
 
 func (p *plan) openInitrd(undo *opened) error {
@@ -257,19 +313,15 @@ func (p *plan) openInitrd(undo *opened) error {
 	if path == "" {
 		return nil
 	}
-	file, err := os.Open(path)
+	file, info, err := openRegular("--initrd", path, "name a cpio archive")
 	if err != nil {
-		return explainMissing("--initrd", path, err)
+		return err
 	}
 	undo.add(file.Close)
-	st, err := file.Stat()
-	switch {
-	case err != nil:
-		return fmt.Errorf("--initrd: %w", err)
-	case !st.Mode().IsRegular():
-		return fmt.Errorf("--initrd %s: not a regular file: give a cpio archive", path)
+	if info.Size() == 0 {
+		return fmt.Errorf("--initrd %s: the file is empty: name a cpio archive, or leave --initrd out", path)
 	}
-	p.machine.Initrd, p.machine.InitrdSize = file, st.Size()
+	p.machine.Initrd, p.machine.InitrdSize = file, info.Size()
 	return nil
 }
 
@@ -289,8 +341,10 @@ func adviseOnPath(err error) error {
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		return fmt.Errorf("%w: make its directory first", err)
-	case errors.Is(err, os.ErrPermission):
+	case errors.Is(err, os.ErrPermission), errors.Is(err, unix.EROFS):
 		return fmt.Errorf("%w: choose a path that you may write", err)
+	case errors.Is(err, unix.EADDRINUSE):
+		return fmt.Errorf("%w: choose another one, or end who listens there", err)
 	}
 	return err
 }

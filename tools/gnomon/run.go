@@ -73,6 +73,9 @@ reset itself (--no-reboot).`,
 				return err
 			}
 		}
+		if cmd.Flags().Changed("vsock") && f.vsock == "" {
+			return usageError(errors.New("--vsock is empty: write cid=N,path=P, or leave it out"))
+		}
 		p, err := f.plan()
 		if err != nil {
 			return err
@@ -100,8 +103,8 @@ func addRunFlags(cmd *cobra.Command, f *runFlags) {
 	flags.StringArrayVar(&f.disks, "disk", nil, "virtio `disk`: file=F[,format=raw|qcow2][,readonly=on][,id=ID][,serial=S][,queues=N]")
 	flags.StringArrayVar(&f.nets, "net", []string{"user"}, "virtio `network`: user[,forward=tcp:8080:80][,restrict=on]|tap=NAME|none; [,mac=M]")
 	flags.StringVar(&f.vsock, "vsock", "", "virtio `socket`: cid=N,path=P; the unix socket P leads to the guest, P_PORT is what it dials")
-	flags.StringVar(&f.serial, "serial", "stdio", "serial `port`: stdio|file:P|unix:P|null")
-	flags.StringVar(&f.console, "console", "", "virtio `console`, besides the serial port: file:P|unix:P|stdio")
+	flags.StringVar(&f.serial, "serial", "stdio", "serial `port`: stdio|file:P[,append=on]|unix:P|null")
+	flags.StringVar(&f.console, "console", "", "virtio `console`, besides the serial port: file:P[,append=on]|unix:P|stdio|null")
 	flags.StringArrayVar(&f.qmp, "qmp", nil, "another QMP socket's `address`: unix:P|tcp:HOST:PORT")
 	flags.BoolVar(&f.paused, "paused", false, "do not start the vCPUs; the QMP command cont does")
 	flags.BoolVar(&f.noReboot, "no-reboot", false, "end when the guest resets itself")
@@ -163,6 +166,7 @@ func run(ctx context.Context, p *plan, build func(vmm.Config) (*built, error)) (
 	}
 	defer server.Close()
 
+	m.Observe(reportDiskErrors())
 	log.flush()
 	exit, err := m.Run(ctx)
 	if err != nil {
@@ -175,6 +179,26 @@ func run(ctx context.Context, p *plan, build func(vmm.Config) (*built, error)) (
 		return &exitStatus{status: statusReset}
 	}
 	return nil
+}
+
+// report tells of an error that does not end the machine.
+func report(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "gnomon: "+format+"\n", args...)
+}
+
+// reportDiskErrors returns an observer that reports each disk's first error.
+func reportDiskErrors() func(vmm.Event) {
+	var seen sync.Map
+	return func(e vmm.Event) {
+		failed, ok := e.(vmm.BlockIOError)
+		if !ok {
+			return
+		}
+		if _, again := seen.LoadOrStore(failed.Device, true); !again {
+			report("disk %s: %s failed: %v: the guest is told and goes on; of later errors only QMP tells (BLOCK_IO_ERROR)",
+				failed.Device, failed.Operation, failed.Err)
+		}
+	}
 }
 
 // startLog holds back what there is to tell of a machine until it starts: of

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"syscall"
 
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 )
@@ -36,13 +37,13 @@ type imageFile struct {
 
 // OpenKernel is LoadKernel on a file. Close closes it.
 func OpenKernel(path string) (*Kernel, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // not to wait for a FIFO's writer
 	if err != nil {
 		return nil, fmt.Errorf("open kernel: %w", err)
 	}
 	info, err := f.Stat()
 	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%w: not a regular file", ErrNotKernel)
+		err = fmt.Errorf("%w: not a regular file: name a bzImage or an ELF vmlinux", ErrNotKernel)
 	}
 	var k *Kernel
 	if err == nil {

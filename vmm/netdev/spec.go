@@ -3,6 +3,7 @@
 package netdev
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -92,6 +93,9 @@ func (s *Spec) set(key, value string) error {
 		}
 		if mac[0]&1 != 0 {
 			return fmt.Errorf("mac=%s: the first byte must be even (an odd one means multicast)", value)
+		}
+		if bytes.Equal(mac, make(net.HardwareAddr, 6)) {
+			return fmt.Errorf("mac=%s: all zero is nobody's address", value)
 		}
 		s.MAC = mac
 	case key == "forward" && s.Kind == KindUser:
