@@ -61,10 +61,17 @@ func newPlace(t *testing.T) *place {
 		"arm.Image": armImage, "arm.elf": armELF, "text": []byte("not a kernel at all\n"), "empty": nil,
 		"initrd": make([]byte, 8<<20), "disk.img": make([]byte, 1<<20),
 		"unknown.json": []byte(`{"kernle": "probe"}`), "wrong.json": []byte(`{"cpus": "many"}`), "broken.json": []byte(`{`),
+		"list.json": []byte(`[]`), "good.json": []byte(`{"cpus": 1}`), "large.json": bytes.Repeat([]byte(" "), 1<<20+1),
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), text, 0o644); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if err := syscall.Mkfifo(filepath.Join(dir, "fifo"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("disk.img", filepath.Join(dir, "link.img")); err != nil {
+		t.Fatal(err)
 	}
 	for _, name := range []string{"", "tmp", "run"} {
 		if err := errors.Join(os.MkdirAll(filepath.Join(dir, name), 0o755), os.Chmod(filepath.Join(dir, name), 0o755)); err != nil {
@@ -75,15 +82,24 @@ func newPlace(t *testing.T) *place {
 	return p
 }
 
-// files lists what is in the place.
+// files lists what is in the place, with the sizes of files.
 func (p *place) files(t *testing.T) []string {
 	t.Helper()
 	var names []string
 	err := filepath.WalkDir(p.dir, func(path string, d fs.DirEntry, err error) error {
-		if err == nil {
-			names = append(names, path+" "+d.Type().String())
+		if err != nil {
+			return err
 		}
-		return err
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		name := path + " " + d.Type().String()
+		if info.Mode().IsRegular() {
+			name += fmt.Sprintf(" %d bytes", info.Size())
+		}
+		names = append(names, name)
+		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -139,6 +155,11 @@ func (p *place) refused(t *testing.T, status int, words []string, name string, a
 			t.Errorf("nothing about %q in: %s", word, r.stderr)
 		}
 	}
+	for _, word := range []string{"strconv", "unmarshal", "Go value", "EOF"} {
+		if strings.Contains(r.stderr, word) {
+			t.Errorf("%q, which is Go's word, in: %s", word, r.stderr)
+		}
+	}
 	if r.stdout != "" {
 		t.Errorf("on standard output: %q", r.stdout)
 	}
@@ -147,7 +168,11 @@ func (p *place) refused(t *testing.T, status int, words []string, name string, a
 
 // boots are the flags of a machine that does the workload and powers off.
 func boots(workload string, more ...string) []string {
-	return append([]string{"run", "--kernel", "probe", "--append", workload, "--memory", "16M", "--net", "none"}, more...)
+	args := append([]string{"run", "--kernel", "probe", "--append", workload, "--memory", "16M"}, more...)
+	if !slices.Contains(more, "--net") {
+		args = append(args, "--net", "none")
+	}
+	return args
 }
 
 func TestBadUse(t *testing.T) {
@@ -164,18 +189,30 @@ func TestBadUse(t *testing.T) {
 		{"ARM64ELF", []string{"run", "--kernel", "arm.elf"}, 1, []string{"arm.elf", "aarch64", "x86-64"}},
 		{"NotAKernel", []string{"run", "--kernel", "text"}, 1, []string{"text", "not a kernel", "x86-64 bzImage"}},
 		{"EmptyKernel", []string{"run", "--kernel", "empty"}, 1, []string{"empty", "not a kernel", "x86-64 bzImage"}},
-		{"DirectoryAsKernel", []string{"run", "--kernel", "tmp"}, 1, []string{"tmp", "not a regular file"}},
+		{"DirectoryAsKernel", []string{"run", "--kernel", "tmp"}, 1, []string{"tmp", "not a regular file", "name a bzImage"}},
+		{"FIFOAsKernel", []string{"run", "--kernel", "fifo"}, 1, []string{"fifo", "not a regular file", "name a bzImage"}},
+		{"FIFOAsInitrd", boots("boot", "--initrd", "fifo"), 1, []string{"--initrd fifo", "not a regular file", "cpio"}},
+		{"EmptyInitrd", boots("boot", "--initrd", "empty"), 1, []string{"--initrd empty", "is empty", "cpio"}},
 		{"MissingInitrd", boots("boot", "--initrd", "nowhere"), 1, []string{"--initrd nowhere", "no such file", "check the path"}},
 		{"TooLittleForKernel", boots("boot", "--memory", "1M"), 1, []string{"not enough guest memory", "--memory", "or more"}},
 		{"TooLittleForInitrd", boots("boot", "--memory", "9M", "--initrd", "initrd"), 1, []string{"initial RAM disk", "8 MiB", "--memory"}},
 		{"LongCommandLine", boots(strings.Repeat("x", 100_000)), 1, []string{"command line", "100000 bytes", "shorten"}},
 		{"MissingDisk", boots("boot", "--disk", "file=nowhere"), 1, []string{"nowhere", "does not exist", "create it"}},
-		{"DirectoryAsDisk", boots("boot", "--disk", "file=tmp,readonly=on"), 1, []string{"tmp", "neither a regular file nor a block device"}},
+		{"DirectoryAsDisk", boots("boot", "--disk", "file=tmp,readonly=on"), 1, []string{"--disk file=tmp", "neither a regular file nor a block device", "truncate"}},
+		{"WritableDirectoryAsDisk", boots("boot", "--disk", "file=tmp"), 1, []string{"--disk file=tmp", "neither a regular file nor a block device", "truncate"}},
+		{"FIFOAsDisk", boots("boot", "--disk", "file=fifo"), 1, []string{"--disk file=fifo", "neither a regular file nor a block device"}},
+		{"MemoryAsDisk", boots("boot", "--disk", "file=/proc/self/mem"), 1, []string{"--disk file=/proc/self/mem", "no size"}},
+		{"EmptyDisk", boots("boot", "--disk", "file=empty"), 1, []string{"--disk file=empty", "no size", "truncate"}},
 		{"NotQcow2", boots("boot", "--disk", "file=disk.img,format=qcow2,readonly=on"), 1, []string{"disk.img", "qcow2"}},
 		{"SerialInNoDirectory", boots("boot", "--serial", "file:nowhere/x"), 1, []string{"--serial", "no such file or directory", "make its directory"}},
+		{"SerialToFIFO", boots("boot", "--serial", "file:fifo"), 1, []string{"--serial", "fifo", "neither a regular file nor a character device", "unix:PATH"}},
+		{"SerialToDirectory", boots("boot", "--serial", "file:tmp"), 1, []string{"--serial", "tmp", "is a directory", "name a file"}},
 		{"SocketInNoDirectory", boots("boot", "--qmp", "unix:nowhere/x"), 1, []string{"QMP", "no such file or directory", "make its directory"}},
 		{"SocketThatIsAFile", boots("boot", "--qmp", "unix:./text"), 1, []string{"text", "not a socket", "another path"}},
-		{"MissingConfig", boots("boot", "--config", "nowhere"), 1, []string{"configuration", "nowhere", "no such file"}},
+		{"MissingConfig", boots("boot", "--config", "nowhere"), 1, []string{"--config nowhere", "no such file", "check the path"}},
+		{"FIFOAsConfig", boots("boot", "--config", "fifo"), 1, []string{"--config fifo", "not a regular file"}},
+		{"EndlessConfig", boots("boot", "--config", "/dev/zero"), 1, []string{"--config /dev/zero", "not a regular file"}},
+		{"LargeConfig", boots("boot", "--config", "large.json"), 1, []string{"--config large.json", "1024 KiB"}},
 		{"NobodysName", []string{"qmp", "nobody", "query-status"}, 1, []string{"nobody", "gnomon ps"}},
 
 		{"UnknownFlag", boots("boot", "--frob"), 2, []string{"--frob", "gnomon run --help"}},
@@ -186,27 +223,49 @@ func TestBadUse(t *testing.T) {
 		{"TooMuchMemory", boots("boot", "--memory", "2T"), 2, []string{"--memory 2T", "1M to 1T"}},
 		{"NoCPUs", boots("boot", "--cpus", "0"), 2, []string{"--cpus 0", "1 to 64"}},
 		{"TooManyCPUs", boots("boot", "--cpus", "65"), 2, []string{"--cpus 65", "1 to 64"}},
-		{"CPUsInWords", boots("boot", "--cpus", "two"), 2, []string{"--cpus", "two"}},
+		{"CPUsInWords", boots("boot", "--cpus", "two"), 2, []string{"--cpus two", "whole number"}},
+		{"CPUsBeyondNumbers", boots("boot", "--cpus", strings.Repeat("9", 30)), 2, []string{"--cpus 999", "too large"}},
+		{"SwitchInWords", boots("boot", "--paused=maybe"), 2, []string{"--paused maybe", "true and false"}},
 		{"DiskWithoutFile", boots("boot", "--disk", "readonly=on"), 2, []string{"--disk readonly=on", "file= is missing"}},
 		{"DiskKey", boots("boot", "--disk", "file=disk.img,colour=red"), 2, []string{"colour", "keys are file"}},
 		{"DiskFormat", boots("boot", "--disk", "file=disk.img,format=vmdk"), 2, []string{"format=vmdk", "raw, qcow2"}},
 		{"DiskSwitch", boots("boot", "--disk", "file=disk.img,readonly=yes"), 2, []string{"readonly=yes", "on and off"}},
 		{"DiskSerial", boots("boot", "--disk", "file=disk.img,serial="+strings.Repeat("x", 21)), 2, []string{"serial", "20 bytes"}},
 		{"DiskTwins", boots("boot", "--disk", "file=disk.img,id=a,readonly=on", "--disk", "file=text,id=a,readonly=on"), 2, []string{"two devices are named a"}},
+		{"DiskTwice", boots("boot", "--disk", "file=disk.img", "--disk", "file=link.img,readonly=on"), 2, []string{"--disk file=link.img", "given twice", "readonly=on"}},
+		{"ManyDisks", boots("boot", slices.Repeat([]string{"--disk", "file=disk.img,readonly=on"}, 30)...), 2, []string{"32 devices", "at most 31"}},
 		{"Net", boots("boot", "--net", "bogus"), 2, []string{"--net", "bogus", "tap=NAME"}},
 		{"NetForward", boots("boot", "--net", "user,forward=80"), 2, []string{"forward=80", "tcp:8080:80"}},
 		{"NetMAC", boots("boot", "--net", "user,mac=01:00:00:00:00:01"), 2, []string{"mac=", "even"}},
+		{"NetMACZero", boots("boot", "--net", "user,mac=00:00:00:00:00:00"), 2, []string{"mac=", "nobody's"}},
+		{"NetForwardAnyPort", boots("boot", "--net", "user,forward=tcp:0:22"), 2, []string{"tcp:0:22", "1 to 65535"}},
+		{"NetNoneAndAnother", boots("boot", "--net", "none", "--net", "user"), 2, []string{"--net none", "another --net"}},
+		{"VsockEmpty", boots("boot", "--vsock", ""), 2, []string{"--vsock is empty", "cid=N,path=P"}},
+		{"VsockLongPath", boots("boot", "--vsock", "cid=3,path="+strings.Repeat("x", 108)), 2, []string{"--vsock", "108 bytes", "up to 107"}},
 		{"VsockCID", boots("boot", "--vsock", "cid=2,path=v"), 2, []string{"cid=2", "3 to 4294967294"}},
 		{"VsockPath", boots("boot", "--vsock", "cid=3"), 2, []string{"path= is missing"}},
 		{"Serial", boots("boot", "--serial", "bogus"), 2, []string{"--serial", "bogus", "file:PATH"}},
+		{"SerialOption", boots("boot", "--serial", "file:out,append=maybe"), 2, []string{"--serial", "append=maybe", "on or off"}},
+		{"SerialLongPath", boots("boot", "--serial", "unix:"+strings.Repeat("x", 108)), 2, []string{"--serial", "108 bytes", "up to 107"}},
+		{"SerialToKernel", boots("boot", "--serial", "file:./probe"), 2, []string{"--serial file:./probe", "--kernel probe", "another"}},
+		{"SerialToInitrd", boots("boot", "--initrd", "initrd", "--serial", "file:initrd"), 2, []string{"--serial file:initrd", "--initrd", "another"}},
+		{"SerialToConfig", boots("boot", "--config", "good.json", "--serial", "file:good.json"), 2, []string{"--serial file:good.json", "--config", "another"}},
+		{"SerialToDisk", boots("boot", "--disk", "file=disk.img", "--serial", "file:link.img"), 2, []string{"--serial file:link.img", "--disk file=disk.img", "another"}},
+		{"SerialAppendsToDisk", boots("boot", "--disk", "file=disk.img", "--serial", "file:disk.img,append=on"), 2, []string{"--serial", "--disk", "another"}},
+		{"ConsoleToSerial", boots("boot", "--serial", "file:out", "--console", "file:./out"), 2, []string{"--console file:./out", "--serial file:out", "another"}},
 		{"SerialTwice", boots("boot", "--console", "stdio"), 2, []string{"--serial and --console", "file or a socket"}},
 		{"QMPAddress", boots("boot", "--qmp", "bogus"), 2, []string{"--qmp", "bogus", "unix:PATH"}},
 		{"QMPForAll", boots("boot", "--qmp", "tcp:0.0.0.0:4444"), 2, []string{"--qmp", "0.0.0.0", "127.0.0.1"}},
+		{"QMPPort", boots("boot", "--qmp", "tcp:127.0.0.1:99999"), 2, []string{"--qmp", "99999", "1 to 65535"}},
+		{"QMPAnyPort", boots("boot", "--qmp", "tcp:localhost:0"), 2, []string{"--qmp", "port 0", "1 to 65535"}},
+		{"QMPLongPath", boots("boot", "--qmp", "unix:"+strings.Repeat("x", 108)), 2, []string{"--qmp", "108 bytes", "up to 107"}},
 		{"UUID", boots("boot", "--uuid", "1"), 2, []string{"--uuid", "must look like"}},
 		{"Name", boots("boot", "--name", "../x"), 2, []string{"--name", "../x", "letters"}},
 		{"ConfigKey", boots("boot", "--config", "unknown.json"), 2, []string{"unknown.json", "kernle", "not a flag"}},
 		{"ConfigValue", boots("boot", "--config", "wrong.json"), 2, []string{"wrong.json", "cpus", "many"}},
-		{"ConfigText", boots("boot", "--config", "broken.json"), 2, []string{"broken.json", "write an object"}},
+		{"ConfigText", boots("boot", "--config", "broken.json"), 2, []string{"broken.json", "too early", "write an object"}},
+		{"ConfigList", boots("boot", "--config", "list.json"), 2, []string{"list.json", "not an object", "write an object"}},
+		{"ConfigEmpty", boots("boot", "--config", "empty"), 2, []string{"configuration empty", "it is empty", "write an object"}},
 		{"Output", []string{"ps", "--output", "yaml"}, 2, []string{"--output", "yaml", "text and json"}},
 		{"NoMachine", []string{"qmp"}, 2, []string{"gnomon qmp --help"}},
 	} {
@@ -242,7 +301,7 @@ func TestTaken(t *testing.T) {
 		})
 	}
 	t.Run("QMPPort", func(t *testing.T) {
-		p.refused(t, 1, []string{"QMP", "address already in use"}, gnomon, boots("boot", "--qmp", fmt.Sprintf("tcp:127.0.0.1:%d", port))...)
+		p.refused(t, 1, []string{"QMP", "address already in use", "choose another"}, gnomon, boots("boot", "--qmp", fmt.Sprintf("tcp:127.0.0.1:%d", port))...)
 	})
 	t.Run("ForwardedPort", func(t *testing.T) {
 		p.refused(t, 1, []string{fmt.Sprintf("tcp port %d is taken", port), "choose another"}, gnomon,
@@ -268,7 +327,49 @@ func TestTaken(t *testing.T) {
 		fmt.Fprintln(stdin, "read 0 512")
 		awaitText(t, stdout, "read 512/512")
 		p.refused(t, 1, []string{"disk.img", "in use", "its own copy"}, gnomon, boots("boot", "--disk", "file=disk.img")...)
+		for _, serial := range []string{"file:disk.img", "file:link.img", "file:disk.img,append=on"} {
+			p.refused(t, 1, []string{"--serial", "in use as a machine's disk", "another file"}, gnomon, boots("boot", "--serial", serial)...)
+		}
 	})
+}
+
+// What the host cannot write is told of in one line each, and the machine goes on.
+func TestHostFull(t *testing.T) {
+	p := newPlace(t)
+	told := func(t *testing.T, r result, words ...string) {
+		t.Helper()
+		if r.status != 0 || strings.Count(r.stderr, "\n") != 1 {
+			t.Errorf("status %d: %s", r.status, r.stderr)
+		}
+		for _, word := range append(words, "no space left on device") {
+			if !strings.Contains(r.stderr, word) {
+				t.Errorf("nothing about %q in: %s", word, r.stderr)
+			}
+		}
+	}
+	t.Run("Serial", func(t *testing.T) {
+		told(t, p.run(t, gnomon, boots("boot", "--quiet", "--serial", "file:/dev/full")...), "serial0", "lost")
+	})
+	t.Run("Disk", func(t *testing.T) {
+		needRoot(t)
+		const script = `mount -t tmpfs -o size=64k none tmp && truncate -s 1M tmp/full.img && exec "$@"`
+		args := append([]string{"-m", "sh", "-c", script, "sh", gnomon}, boots("blk op=seqwrite bs=64K total=1M", "--disk", "file=tmp/full.img")...)
+		r := p.run(t, "unshare", args...)
+		told(t, r, "disk disk0", "write failed")
+		if !strings.Contains(r.stdout, "probe: done") {
+			t.Errorf("the guest did not go on:\n%s", r.stdout)
+		}
+	})
+	p.unchanged(t)
+}
+
+// A machine has as many devices as the message of too many says.
+func TestMostDevices(t *testing.T) {
+	p := newPlace(t)
+	r := p.run(t, gnomon, boots("boot", slices.Repeat([]string{"--disk", "file=disk.img,readonly=on"}, 29)...)...)
+	if r.status != 0 || !strings.Contains(r.stdout, "probe: done") {
+		t.Errorf("status %d: %s%s", r.status, r.stdout, r.stderr)
+	}
 }
 
 // awaitText reads until the text has come.
