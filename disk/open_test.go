@@ -62,7 +62,6 @@ func TestOpen(t *testing.T) {
 		{"empty", Options{}, FormatRaw, nil, ""},
 		{"a.qcow2", Options{ReadOnly: true}, FormatQcow2, nil, ""},
 		{"a.qcow2", Options{Format: FormatQcow2, ReadOnly: true}, FormatQcow2, nil, ""},
-		{"a.qcow2", Options{}, "", qcow2.ErrUnsupported, "readonly=on"},
 		{"a.qcow2", Options{Format: FormatRaw}, FormatRaw, nil, ""}, // the name does not outdo what is said
 		{"plain.qcow2", Options{ReadOnly: true}, "", qcow2.ErrHeader, "plain.qcow2"},
 		{"image.img", Options{Format: FormatQcow2, ReadOnly: true}, FormatQcow2, nil, ""},

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/vmm/boot"
 	"github.com/gnomon-vmm/gnomon/vmm/chardev"
 	"github.com/gnomon-vmm/gnomon/vmm/device"
@@ -30,6 +31,9 @@ type devices struct {
 // AttachedDisk is a disk and the virtio device that shows it to the guest.
 type AttachedDisk struct {
 	Disk
+	// Root is the disk's Node. What it passes requests on to can be replaced
+	// while the machine is paused.
+	Root   *block.Root
 	Device *virtio.Blk
 }
 
@@ -98,6 +102,8 @@ func (m *Machine) connect() {
 // buildVirtio makes the virtio devices and puts each in the next PCI slot.
 func (m *Machine) buildVirtio() error {
 	for _, d := range m.cfg.Disks {
+		root := block.NewRoot(d.Node)
+		d.Node = root
 		blk, err := virtio.NewBlk(virtio.BlkConfig{
 			Node: d.Node, Serial: d.Serial, Queues: d.Queues,
 			OnIOError: func(op virtio.BlkOp, err error) {
@@ -110,7 +116,7 @@ func (m *Machine) buildVirtio() error {
 		if err := m.attach(blk, d.ID); err != nil {
 			return err
 		}
-		m.disks = append(m.disks, AttachedDisk{d, blk})
+		m.disks = append(m.disks, AttachedDisk{d, root, blk})
 	}
 	for _, n := range m.cfg.Nets {
 		nic, err := virtio.NewNet(virtio.NetConfig{Backend: n.Backend, MAC: n.MAC})
@@ -215,7 +221,7 @@ func (m *Machine) closeHost() error {
 	if m.cfg.Kernel != nil {
 		errs = append(errs, m.cfg.Kernel.Close())
 	}
-	for _, d := range m.cfg.Disks {
+	for _, d := range m.disks {
 		errs = append(errs, d.Node.Close())
 	}
 	for _, n := range m.cfg.Nets {

@@ -117,3 +117,17 @@ func backingPath(image, name string) (string, error) {
 	dir := image[:strings.LastIndexByte(image, '/')+1]
 	return dir + name, nil
 }
+
+// openFileWritable opens an image's file to be written, and locks it.
+func openFileWritable(path string) (block.Node, fs.FileInfo, error) {
+	file, err := raw.Open(path, false)
+	if err != nil {
+		return nil, nil, err
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		file.Close()
+		return nil, nil, err
+	}
+	return file, info, nil
+}

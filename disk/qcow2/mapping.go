@@ -22,11 +22,21 @@ type extent struct {
 	host   int64 // data: offset in the file of the first byte; compressed: of the cluster's stream
 	csize  int64 // compressed: bytes that the stream has at most
 	within int64 // compressed: where in the cluster the extent begins
+	own    bool  // data, and zero with a host: the cluster belongs to nothing else, so that it can be written
 }
 
 // lookup returns the extent that starts at off and has at most limit bytes.
 // Neighbouring clusters are one extent where they can be read at once.
 func (im *image) lookup(off, limit int64) (extent, error) {
+	if im.w != nil {
+		im.w.mu.Lock()
+		defer im.w.mu.Unlock()
+	}
+	return im.lookupLocked(off, limit)
+}
+
+// lookupLocked is lookup with the writer's mu held, if there is a writer.
+func (im *image) lookupLocked(off, limit int64) (extent, error) {
 	size := im.header.ClusterSize()
 	within := off % size
 	var e extent
@@ -79,7 +89,7 @@ func (im *image) lookup(off, limit int64) (extent, error) {
 
 // continues tells whether the cluster next prolongs e.
 func continues(e, next extent) bool {
-	return e.kind == next.kind && e.kind != compressed && (e.kind != data || e.host+e.length == next.host)
+	return e.kind == next.kind && e.own == next.own && e.kind != compressed && (e.kind != data || e.host+e.length == next.host)
 }
 
 // decode takes the L2 entry of a cluster apart.
@@ -103,7 +113,10 @@ func (im *image) decode(entry uint64, cluster int64) (extent, error) {
 		if im.header.Version < 3 {
 			return extent{}, fmt.Errorf("%w: cluster %d is a zero cluster, which version 2 does not have", ErrCorrupt, cluster)
 		}
-		return extent{kind: zero}, nil
+		if host%im.header.ClusterSize() != 0 || host >= im.file.Size() {
+			host = 0 // it is not read, and not to be written either
+		}
+		return extent{kind: zero, host: host, own: host != 0 && entry&entryOwn != 0}, nil
 	case host == 0:
 		return extent{kind: unallocated}, nil
 	case host%im.header.ClusterSize() != 0:
@@ -111,7 +124,7 @@ func (im *image) decode(entry uint64, cluster int64) (extent, error) {
 	case host >= im.file.Size():
 		return extent{}, im.beyondFile(cluster, host)
 	}
-	return extent{kind: data, host: host}, nil
+	return extent{kind: data, host: host, own: entry&entryOwn != 0}, nil
 }
 
 func (im *image) beyondFile(cluster, host int64) error {

@@ -1,6 +1,7 @@
-// Package qcow2 reads QEMU's qcow2 images, versions 2 and 3 (QEMU's
+// Package qcow2 reads and writes QEMU's qcow2 images (QEMU's
 // docs/interop/qcow2.txt): plain, zero and compressed clusters, and backing
-// chains of qcow2 and raw images. They cannot be written yet.
+// chains of qcow2 and raw images. Versions 2 and 3 are read; images of version 3
+// without internal snapshots and bitmaps are written.
 package qcow2
 
 import (
@@ -38,25 +39,34 @@ type image struct {
 	id       int      // the image's own in the caches
 	tables   *cache
 	clusters *cache
+	w        *writer // nil: the image is only read
 }
 
 var _ block.Node = (*Node)(nil)
 
 // Open opens the image at path and all images it lies on, and locks their
-// files against writers. It must be readOnly for now. Errors wrap one of this
-// package's or block.ErrInUse. An image that is marked as corrupt, or as not
-// having been closed, can be read; see Header.
+// files against writers. Errors wrap one of this package's or block.ErrInUse. An
+// image that is marked as corrupt, or as not having been closed, can be read;
+// see Header. To be written it must not be corrupt; one that was not closed is
+// repaired.
 func Open(path string, readOnly bool) (*Node, error) {
-	if !readOnly {
-		return nil, fmt.Errorf("disk %s: %w: qcow2 images can only be opened with readonly=on for now; qemu-img convert -O raw makes a disk that can be written",
-			path, ErrUnsupported)
-	}
 	c := newChain()
-	file, err := c.open(path)
+	if readOnly {
+		file, err := c.open(path)
+		if err != nil {
+			return nil, err
+		}
+		return c.openImage(file, path)
+	}
+	n, err := c.openWritable(path)
 	if err != nil {
 		return nil, err
 	}
-	return c.openImage(file, path)
+	if n.backing, err = c.openBacking(path, n.header); err != nil {
+		n.file.Close()
+		return nil, err
+	}
+	return n, nil
 }
 
 // openImage opens the image in file, which it closes if it fails.
@@ -160,23 +170,11 @@ func readFrom(node block.Node, c *cursor, off, length int64) error {
 	return nil
 }
 
-// Writev implements block.Node.
-func (n *Node) Writev([][]byte, int64) error { return block.ErrReadOnly }
-
-// Flush implements block.Node.
-func (n *Node) Flush() error { return nil }
-
-// Discard implements block.Node.
-func (n *Node) Discard(int64, int64) error { return block.ErrReadOnly }
-
-// WriteZeroes implements block.Node.
-func (n *Node) WriteZeroes(int64, int64, bool) error { return block.ErrReadOnly }
-
 // Size implements block.Node.
 func (n *Node) Size() int64 { return n.size }
 
 // ReadOnly implements block.Node.
-func (n *Node) ReadOnly() bool { return true }
+func (n *Node) ReadOnly() bool { return n.w == nil }
 
 // Info implements block.Node.
 func (n *Node) Info() block.Info {
@@ -196,7 +194,7 @@ func (n *Node) Info() block.Info {
 
 // Close implements block.Node; it closes the whole chain.
 func (n *Node) Close() error {
-	err := n.file.Close()
+	err := errors.Join(n.finish(), n.file.Close())
 	if n.backing != nil {
 		err = errors.Join(err, n.backing.Close())
 	}

@@ -13,6 +13,7 @@ const (
 	offsetMask      = 0x00ff_ffff_ffff_fe00
 	entryZero       = 1 << 0 // L2: reads as zero, whatever its offset says
 	entryCompressed = 1 << 62
+	entryOwn        = 1 << 63 // the reference count of what it points to is exactly 1
 )
 
 // sliceBytes is how much of an L2 table is read and kept at a time; tables of
@@ -50,6 +51,14 @@ func (im *image) l2Slice(cluster int64) (entries []byte, count int64, err error)
 	}
 	if table%im.header.ClusterSize() != 0 {
 		return nil, 0, fmt.Errorf("%w: L2 table at %#x (L1 entry %d) does not start at a cluster", ErrCorrupt, table, l1Index)
+	}
+	if im.w != nil {
+		entries, err := im.w.table(im, table)
+		if err != nil {
+			return nil, 0, err
+		}
+		entries = entries[index*entrySize:]
+		return entries, int64(len(entries)) / entrySize, nil
 	}
 	size := min(im.header.ClusterSize(), sliceBytes)
 	inTable := index * entrySize

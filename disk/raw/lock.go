@@ -53,6 +53,17 @@ func lock(fd int, readOnly bool) error {
 	return nil
 }
 
+// downgrade makes a writer's locks those of a reader.
+func downgrade(fd int) error {
+	for _, p := range []int64{permWrite, permResize} {
+		l := unix.Flock_t{Type: unix.F_UNLCK, Whence: 0, Start: lockUses + p, Len: 1}
+		if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l); err != nil {
+			return fmt.Errorf("unlock image: %w", err)
+		}
+	}
+	return nil
+}
+
 func setLock(fd int, at int64) error {
 	l := unix.Flock_t{Type: unix.F_RDLCK, Whence: 0, Start: at, Len: 1}
 	switch err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l); err {

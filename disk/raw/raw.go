@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -27,8 +28,9 @@ const maxVectors = 1024
 type Node struct {
 	file     *os.File
 	fd       int
-	size     int64 // virtual: a multiple of sector
+	size     atomic.Int64 // virtual: a multiple of sector
 	readOnly bool
+	frozen   bool  // it was written before it became readOnly
 	granule  int64 // bytes that space is given back by: a device's logical block, 1 for files
 	closing  sync.Once
 }
@@ -85,14 +87,14 @@ func (n *Node) init() error {
 	default:
 		return errors.New("is neither a regular file nor a block device")
 	}
-	n.size = (size + sector - 1) / sector * sector
+	n.size.Store((size + sector - 1) / sector * sector)
 	return lock(n.fd, n.readOnly)
 }
 
 // check refuses what lies outside the disk.
 func (n *Node) check(off, length int64) error {
-	if off < 0 || length < 0 || off > n.size || length > n.size-off {
-		return fmt.Errorf("%w: %d bytes at %d of %d", block.ErrOutOfRange, length, off, n.size)
+	if size := n.size.Load(); off < 0 || length < 0 || off > size || length > size-off {
+		return fmt.Errorf("%w: %d bytes at %d of %d", block.ErrOutOfRange, length, off, size)
 	}
 	return nil
 }
@@ -173,7 +175,7 @@ func transfer(move func(fd int, bufs [][]byte, skip int, off int64) (int, error)
 
 // Flush implements block.Node.
 func (n *Node) Flush() error {
-	if n.readOnly {
+	if n.readOnly && !n.frozen {
 		return nil
 	}
 	return ignoringEINTR(func() error { return unix.Fdatasync(n.fd) })
@@ -262,14 +264,34 @@ func ignoringEINTR(f func() error) error {
 }
 
 // Size implements block.Node.
-func (n *Node) Size() int64 { return n.size }
+func (n *Node) Size() int64 { return n.size.Load() }
+
+// Grow makes room for a format that keeps its image in the file: the disk is at
+// least size bytes long, whole sectors, and the file becomes so when it is written.
+func (n *Node) Grow(size int64) {
+	for {
+		old := n.size.Load()
+		if size <= old || n.size.CompareAndSwap(old, size) {
+			return
+		}
+	}
+}
+
+// Freeze implements block.Freezer.
+func (n *Node) Freeze() error {
+	if n.readOnly {
+		return nil
+	}
+	n.readOnly, n.frozen = true, true
+	return downgrade(n.fd)
+}
 
 // ReadOnly implements block.Node.
 func (n *Node) ReadOnly() bool { return n.readOnly }
 
 // Info implements block.Node.
 func (n *Node) Info() block.Info {
-	info := block.Info{Format: "raw", Filename: n.file.Name(), VirtualSize: n.size}
+	info := block.Info{Format: "raw", Filename: n.file.Name(), VirtualSize: n.size.Load()}
 	var st unix.Stat_t
 	if unix.Fstat(n.fd, &st) == nil {
 		info.ActualSize = st.Blocks * 512
