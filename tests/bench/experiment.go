@@ -21,6 +21,8 @@ type experiment struct {
 	name       string
 	contenders []contender
 	promises   []promise
+	// end, where not nil, ends what the runs share.
+	end func()
 }
 
 // choose leaves the promises whose text matches; none left: no experiment.
@@ -38,6 +40,9 @@ func (e experiment) choose(only *regexp.Regexp) experiment {
 // measure runs the contenders in turn, so many times each, and judges. What
 // disturbs the host thus falls on all of them.
 func (e experiment) measure(ctx context.Context, runs int, p progress) ([]row, error) {
+	if e.end != nil {
+		defer e.end()
+	}
 	got := make([]map[string][]float64, len(e.contenders))
 	for i := range got {
 		got[i] = map[string][]float64{}
@@ -61,7 +66,9 @@ func (e experiment) measure(ctx context.Context, runs int, p progress) ([]row, e
 		sides := make([]side, len(e.contenders))
 		for i, c := range e.contenders {
 			sides[i] = side{c.name, got[i][wanted.metric]}
-			p.detail("%s, %s: %s: %.4g", wanted.text, wanted.unit, c.name, got[i][wanted.metric])
+			if len(sides[i].figures) > 0 {
+				p.detail("%s, %s: %s: %.4g", wanted.text, wanted.unit, c.name, sides[i].figures)
+			}
 		}
 		r, err := judge(wanted, sides[0], sides[1:])
 		if err != nil {

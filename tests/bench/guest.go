@@ -36,6 +36,9 @@ type vmm struct {
 	// its serial port at stdin and stdout.
 	args func(words string) []string
 	env  []string
+	// patience is how long a guest may run, where it is not patience.
+	patience time.Duration
+	file     *os.File // descriptor 3 of the process, where not nil
 }
 
 // A guest is a running VMM and its guest.
@@ -60,11 +63,18 @@ type stamped struct {
 }
 
 func (v vmm) start(ctx context.Context, words string, more ...string) (*guest, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	limit := patience
+	if v.patience > 0 {
+		limit = v.patience
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	g := &guest{vmm: v, cancel: cancel, lines: make(chan stamped, 100)}
 	g.cmd = exec.CommandContext(ctx, v.binary, append(v.args(words), more...)...)
 	g.cmd.Env = append(os.Environ(), v.env...)
 	g.cmd.Stderr = &g.stderr
+	if v.file != nil {
+		g.cmd.ExtraFiles = []*os.File{v.file}
+	}
 	var err error
 	var stdout io.ReadCloser
 	if g.stdin, err = g.cmd.StdinPipe(); err == nil {

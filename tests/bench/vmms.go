@@ -17,6 +17,7 @@ type bench struct {
 	kernel string // the probe guest
 	dir    string // scratch, removed at the end
 	quick  bool
+	files  int // how many scratch files were named
 }
 
 // newBench builds gnomon, unless a binary is given, and the probe guest.
@@ -67,6 +68,15 @@ func (b *bench) ours(memory int, flags ...string) vmm {
 			}, flags...)
 		},
 	}
+}
+
+// restore is gnomon that goes on with a checkpoint.
+func (b *bench) restore(file string, flags ...string) vmm {
+	v := b.ours(0)
+	v.args = func(string) []string {
+		return append([]string{"restore", file, "--quiet", "--no-reboot", "--net", "none", "--serial", "stdio"}, flags...)
+	}
+	return v
 }
 
 // peer is QEMU. Its RAM is a shared memfd, as ours is, so that it can be told
