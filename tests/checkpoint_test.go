@@ -2,9 +2,11 @@ package tests
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -289,4 +291,100 @@ func concluded(ctx context.Context, t *testing.T, p *process, id string) bool {
 		}
 	}
 	return false
+}
+
+// A disk belongs to the checkpoint as it was: neither the machine that goes on
+// nor one that is restored changes it, and both find what they wrote.
+func TestCheckpointKeepsDisks(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	kernel, err := probe.Path()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, format := range []string{"raw", "qcow2"} {
+		t.Run(format, func(t *testing.T) {
+			dir := t.TempDir()
+			img, file := filepath.Join(dir, "disk."+format), filepath.Join(dir, "checkpoint")
+			qemuImg(ctx, t, "create", "-q", "-f", format, img, "8M")
+			const words = "blk op=randwrite bs=4k qd=4 count=20000 seed=5 order=1; blk op=randread bs=4k qd=4 count=20000 seed=5 order=1 verify=1"
+			p, serial := launch(t, "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file="+img)
+			p.connect(ctx, t)
+			parent := ""
+			files := []string{}
+			for i := range 3 {
+				args := []string{"checkpoint", p.name, "--to", fmt.Sprint(file, i)}
+				if parent != "" {
+					args = append(args, "--parent", parent)
+				}
+				command(ctx, t, args...)
+				parent = fmt.Sprint(file, i)
+				files = append(files, parent)
+			}
+			kept := sum(t, img)
+			verified(t, serial)
+			p.status(ctx, t)
+			for i, f := range files {
+				next, serial := launchCommand(t, "restore", f)
+				verified(t, serial)
+				if status := next.status(ctx, t); status != 0 {
+					t.Errorf("checkpoint %d: status %d\n%s", i, status, &next.log)
+				}
+			}
+			if sum(t, img) != kept {
+				t.Error("the disk that belongs to the first checkpoint was changed")
+			}
+			images, _ := filepath.Glob(filepath.Join(dir, "*.qcow2"))
+			if len(images) < 6 {
+				t.Errorf("overlays are missing: %v", images)
+			}
+			for _, i := range images {
+				if out := qemuImg(ctx, t, "check", i); !strings.Contains(out, "No errors were found") {
+					t.Errorf("%s: %s", i, out)
+				}
+			}
+			// The machine's last overlays go back into the image.
+			for i := len(files) - 1; i >= 0; i-- {
+				overlay := img
+				for _, f := range files[:i+1] {
+					overlay += "." + filepath.Base(f) + ".qcow2"
+				}
+				command(ctx, t, "checkpoint", "commit", overlay)
+			}
+			p, serial = launch(t, "--kernel", kernel, "--append", words[strings.Index(words, ";")+1:], "--memory", "64M", "--net", "none", "--disk", "file="+img)
+			verified(t, serial)
+			p.status(ctx, t)
+		})
+	}
+}
+
+// verified waits for a guest's end; it must have found what it wrote.
+func verified(t *testing.T, serial io.Reader) {
+	t.Helper()
+	text, err := io.ReadAll(serial)
+	if err != nil {
+		t.Fatal(err)
+	}
+	results := probe.Parse(string(text))
+	if err := results.Err(); err != nil || len(results.Lines) == 0 || results.Lines[len(results.Lines)-1].Values["bad"] != "0" {
+		t.Errorf("%v: the guest says:\n%s", err, text)
+	}
+}
+
+func qemuImg(ctx context.Context, t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := exec.CommandContext(ctx, "qemu-img", args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("qemu-img %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+func sum(t *testing.T, path string) [sha256.Size]byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sha256.Sum256(b)
 }

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 )
 
 // checkpointReport is what __org.gnomon_query-checkpoint returns of the last save.
@@ -24,6 +26,11 @@ type checkpointReport struct {
 	FaultPages     int64  `json:"fault-pages"`
 	FileBytes      int64  `json:"file-bytes"`
 	Writes         int64  `json:"writes"`
+	Disks          []struct {
+		ID      string `json:"id"`
+		File    string `json:"file"`
+		Overlay string `json:"overlay"`
+	} `json:"disks"`
 }
 
 func newCheckpointCommand() *cobra.Command {
@@ -32,8 +39,9 @@ func newCheckpointCommand() *cobra.Command {
 		Short: "Save a running machine, or look into what was saved",
 		Long: `Save a machine into a checkpoint file while it runs. It is paused for a moment only; the file is what it was then.
 
-A machine with disks that can be written is refused, because they would not stay as they were; with --disks none
-they are your own affair: stop the machine, save it, and copy them before it goes on.
+Its disks belong to the checkpoint: each that can be written stays as it was, and the machine goes on in a qcow2
+overlay beside it, from which you also start it the next time. gnomon checkpoint commit writes an overlay back when
+the checkpoint is not needed any more. With --disks none the disks are your own affair.
 
 With --parent the file holds only what changed since that checkpoint, which must be the last one taken of this
 machine. gnomon restore starts a machine from the file.`,
@@ -46,9 +54,9 @@ machine. gnomon restore starts a machine from the file.`,
 	to := flags.String("to", "", "checkpoint `file` to make")
 	parent := flags.String("parent", "", "`file` of the checkpoint that this one continues")
 	mode := flags.String("mode", "running", "`how`: running|stop (the machine stands still until the file is complete)")
-	disks := flags.String("disks", "", "`what` becomes of disks that can be written: none (they are left to you)")
+	disks := flags.String("disks", "keep", "`what` becomes of disks that can be written: keep|none (they are left to you)")
 	output := addOutputFlag(cmd)
-	completeFlag(cmd, "disks", "none")
+	completeFlag(cmd, "disks", "keep", "none")
 	completeFlag(cmd, "mode", "running", "stop")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkOutput(*output); err != nil {
@@ -57,10 +65,7 @@ machine. gnomon restore starts a machine from the file.`,
 		if *to == "" {
 			return usageError(errors.New("no --to: name the checkpoint file to make"))
 		}
-		arguments := map[string]any{"mode": *mode}
-		if *disks != "" {
-			arguments["disks"] = *disks
-		}
+		arguments := map[string]any{"mode": *mode, "disks": *disks}
 		for key, path := range map[string]string{"file": *to, "parent": *parent} {
 			if path == "" {
 				continue
@@ -96,8 +101,29 @@ machine. gnomon restore starts a machine from the file.`,
 		out := cmd.OutOrStdout()
 		fmt.Fprintf(out, "%s: %.1f MiB in %s, machine paused for %s\n", r.File, float64(r.FileBytes)/(1<<20),
 			time.Duration(r.TotalNS).Round(time.Millisecond), time.Duration(r.PauseNS).Round(10*time.Microsecond))
+		for _, d := range r.Disks {
+			if d.Overlay != "" {
+				fmt.Fprintf(out, "disk %s: %s belongs to the checkpoint; the machine goes on in %s\n", d.ID, d.File, d.Overlay)
+			}
+		}
 		return nil
 	}
+	cmd.AddCommand(newCommitCommand())
 	cmd.AddCommand(newCheckpointFileCommands()...)
 	return cmd
+}
+
+func newCommitCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "commit OVERLAY",
+		Short: "Write what a disk's overlay holds back to the image it lies on",
+		Long: `Write what a qcow2 overlay holds to the image that it lies on. No machine may use either. Checkpoints that need the
+image as it was cannot be restored afterwards. The overlay stays, and holds nothing new any more.`,
+		Args: usageArgs(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			bar := newProgress("committing")
+			defer bar.Finish()
+			return qcow2.Commit(cmd.Context(), args[0], bar.Set)
+		},
+	}
 }

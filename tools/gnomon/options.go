@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -35,6 +36,15 @@ func parseOptions(flag, text string, keys ...string) (*options, error) {
 		o.values[key] = value
 	}
 	return o, nil
+}
+
+// String writes the list as parseOptions reads it.
+func (o *options) String() string {
+	var parts []string
+	for _, key := range slices.Sorted(maps.Keys(o.values)) {
+		parts = append(parts, key+"="+strings.ReplaceAll(o.values[key], ",", ",,"))
+	}
+	return strings.Join(parts, ",")
 }
 
 func (o *options) errorf(format string, args ...any) error {

@@ -3,10 +3,12 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/mm/pager"
 	"github.com/gnomon-vmm/gnomon/vmm"
 	"github.com/gnomon-vmm/gnomon/vmm/monitor"
@@ -36,6 +38,9 @@ The machine has the devices of the one that was saved, by the same flags; those 
 stands where it stood, or with --clock host goes on by the time that has passed. The file must stay as it is until all
 of it has been read. A guest that resets itself ends, unless --kernel tells what it then starts.
 
+Disks that can be written stay as the checkpoint needs them: the machine writes to new overlays beside the checkpoint,
+FILE.NAME.DISK.qcow2, which stay unless --snapshot removes them. With --disk the disks are those you name.
+
 The exit status is that of gnomon run.`,
 		Example: `  gnomon restore vm1.ckpt --name vm1-again
   gnomon restore vm1.ckpt --prefetch locality,recorded --record --net none`,
@@ -49,6 +54,7 @@ The exit status is that of gnomon run.`,
 	flags.StringVar(&r.prefetch, "prefetch", "locality", "`what` comes along with the page the guest wants: none|physical|locality|recorded, several with commas")
 	flags.BoolVar(&r.record, "record", false, "at the end, keep beside the checkpoint what the guest wanted, for --prefetch recorded")
 	flags.BoolVar(&r.noBackground, "no-background", false, "leave in the file what the guest does not want")
+	flags.BoolVar(&r.snapshot, "snapshot", false, "at the end, remove the overlays in which the machine wrote to its disks")
 	flags.StringVar(&r.clock, "clock", "guest", "`whose` clock the guest goes on by: guest (it stands where it stood)|host (it goes on by the time that has passed)")
 	completeFlag(cmd, "prefetch", "none", "physical", "locality", "locality,recorded")
 	completeFlag(cmd, "clock", "guest", "host")
@@ -70,10 +76,22 @@ The exit status is that of gnomon run.`,
 		if len(image.Recipe()) == 0 {
 			return fmt.Errorf("checkpoint %s does not say how to make its machine: it was not made by gnomon run; restore it by the library that made it", args[0])
 		}
+		ownDisks := flags.Changed("disk")
 		if err := applyValues(flags, image.Recipe()); err != nil {
 			return fmt.Errorf("checkpoint %s: %w", args[0], err)
 		}
 		f.restoring = true
+		var made overlays
+		defer func() {
+			if r.snapshot || !made.inUse {
+				made.remove()
+			}
+		}()
+		if !ownDisks {
+			if err := made.over(image, args[0], &f); err != nil {
+				return err
+			}
+		}
 		p, err := f.plan()
 		if err != nil {
 			return err
@@ -81,14 +99,65 @@ The exit status is that of gnomon run.`,
 		if p.recipe, err = recipe(flags); err != nil {
 			return err
 		}
-		return run(cmd.Context(), p, func(cfg vmm.Config) (*built, error) { return r.build(image, cfg, o) })
+		return run(cmd.Context(), p, func(cfg vmm.Config) (*built, error) {
+			made.inUse = true
+			return r.build(image, cfg, o)
+		})
 	}
 	return cmd
 }
 
+// overlays are images in which a restored machine writes to its disks.
+type overlays struct {
+	paths []string
+	inUse bool // a machine may have written to them
+}
+
+// over makes them beside the checkpoint, and has the disks of the flags be them.
+// Disks that cannot be written are the checkpoint's own.
+func (o *overlays) over(image *snapshot.Image, checkpoint string, f *runFlags) error {
+	if f.name == "" {
+		f.name = fmt.Sprintf("gnomon-%d", os.Getpid())
+	}
+	if err := checkMachineName(f.name); err != nil {
+		return usageError(fmt.Errorf("--name: %w", err))
+	}
+	disks := image.Disks()
+	if disks == nil {
+		return nil // they were left to the user
+	}
+	if len(disks) != len(f.disks) {
+		return fmt.Errorf("checkpoint %s keeps %d disks, and its machine has %d: it is damaged, or name the disks by --disk", checkpoint, len(disks), len(f.disks))
+	}
+	for i, saved := range disks {
+		text, err := parseOptions("disk", f.disks[i], "file", "format", "readonly", "id", "serial", "queues")
+		if err != nil {
+			return err
+		}
+		text.values["file"], text.values["format"] = saved.File, saved.Format
+		if !saved.ReadOnly {
+			path := fmt.Sprintf("%s.%s.%s.qcow2", checkpoint, f.name, saved.ID)
+			if err := saved.OverlayDisk(path); err != nil {
+				return fmt.Errorf("%w; another --name makes other disks", err)
+			}
+			o.paths = append(o.paths, path)
+			text.values["file"], text.values["format"] = path, disk.FormatQcow2
+		}
+		f.disks[i] = text.String()
+	}
+	return nil
+}
+
+// remove removes them.
+func (o *overlays) remove() {
+	for _, path := range o.paths {
+		os.Remove(path)
+	}
+}
+
 type restoreFlags struct {
-	prefetch, clock      string
-	record, noBackground bool
+	prefetch, clock                string
+	record, noBackground, snapshot bool
 }
 
 func (r *restoreFlags) options() (o snapshot.Options, err error) {

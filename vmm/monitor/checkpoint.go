@@ -21,11 +21,13 @@ const (
 // checkpointDisks is what becomes of disks that can be written.
 type checkpointDisks string
 
-// disksNone leaves them to the user.
-const disksNone checkpointDisks = "none"
+const (
+	disksKeep checkpointDisks = "keep" // they are the checkpoint's; the machine goes on in overlays
+	disksNone checkpointDisks = "none" // they are left to the user
+)
 
 // Values lists the ways for the schema.
-func (checkpointDisks) Values() []string { return []string{string(disksNone)} }
+func (checkpointDisks) Values() []string { return []string{string(disksKeep), string(disksNone)} }
 
 // Values lists the modes for the schema.
 func (checkpointMode) Values() []string { return []string{string(modeRunning), string(modeStop)} }
@@ -38,22 +40,28 @@ type (
 		Mode   *checkpointMode  `qmp:"mode"`
 		Disks  *checkpointDisks `qmp:"disks"`
 	}
+	keptDisk struct {
+		ID      string  `qmp:"id"`
+		File    string  `qmp:"file"`
+		Overlay *string `qmp:"overlay"` // in which the machine goes on
+	}
 	// checkpointData is the report of the last checkpoint that was completed.
 	// Times are in nanoseconds, sizes in bytes.
 	checkpointData struct {
-		File           string  `qmp:"file"`
-		ID             string  `qmp:"id"`
-		Parent         *string `qmp:"parent"`
-		PreparedNS     int64   `qmp:"prepared-ns"`
-		PauseNS        int64   `qmp:"pause-ns"`
-		TotalNS        int64   `qmp:"total-ns"`
-		Pages          int64   `qmp:"pages"`
-		ZeroPages      int64   `qmp:"zero-pages"`
-		DuplicatePages int64   `qmp:"duplicate-pages"`
-		FaultPages     int64   `qmp:"fault-pages"`
-		DevicePages    int64   `qmp:"device-pages"`
-		FileBytes      int64   `qmp:"file-bytes"`
-		Writes         int64   `qmp:"writes"`
+		File           string     `qmp:"file"`
+		ID             string     `qmp:"id"`
+		Parent         *string    `qmp:"parent"`
+		PreparedNS     int64      `qmp:"prepared-ns"`
+		PauseNS        int64      `qmp:"pause-ns"`
+		TotalNS        int64      `qmp:"total-ns"`
+		Pages          int64      `qmp:"pages"`
+		ZeroPages      int64      `qmp:"zero-pages"`
+		DuplicatePages int64      `qmp:"duplicate-pages"`
+		FaultPages     int64      `qmp:"fault-pages"`
+		DevicePages    int64      `qmp:"device-pages"`
+		FileBytes      int64      `qmp:"file-bytes"`
+		Writes         int64      `qmp:"writes"`
+		Disks          []keptDisk `qmp:"disks"`
 	}
 	// restoreData is how far the loading of a restored machine's memory is.
 	restoreData struct {
@@ -98,7 +106,7 @@ func (mon *monitor) registerCheckpoint(reg *qmp.Registry) {
 // checkpoint starts the job that saves the machine. The job is dismissed by
 // whoever started it, as QEMU's snapshot-save is.
 func (mon *monitor) checkpoint(_ context.Context, s *qmp.Session, a checkpointArguments) (e qmp.Empty, err error) {
-	o := snapshot.SaveOptions{Stop: a.Mode != nil && *a.Mode == modeStop, LeaveDisks: a.Disks != nil}
+	o := snapshot.SaveOptions{Stop: a.Mode != nil && *a.Mode == modeStop, LeaveDisks: a.Disks != nil && *a.Disks == disksNone}
 	if a.Parent != nil {
 		o.Parent = *a.Parent
 	}
@@ -137,6 +145,13 @@ func (c *checkpoints) report() (checkpointData, error) {
 		Pages: r.Written.Pages, ZeroPages: r.Written.ZeroPages, DuplicatePages: r.Written.DuplicatePages,
 		FaultPages: int64(r.Memory.CopiedByFault), DevicePages: int64(r.Memory.CopiedByTouch),
 		FileBytes: r.Written.Bytes, Writes: r.Written.Writes,
+	}
+	for _, disk := range r.Disks {
+		kept := keptDisk{ID: disk.ID, File: disk.File}
+		if disk.Overlay != "" {
+			kept.Overlay = &disk.Overlay
+		}
+		d.Disks = append(d.Disks, kept)
 	}
 	if r.Parent != "" {
 		d.Parent = &r.Parent

@@ -18,6 +18,7 @@ type Image struct {
 	reader *checkpoint.Reader
 	state  []vmm.Section
 	recipe []byte
+	disks  []SavedDisk
 }
 
 // Open opens a checkpoint and its parents.
@@ -46,10 +47,14 @@ func (i *Image) read() error {
 		switch {
 		case state:
 			i.state = append(i.state, vmm.Section{Name: name, Version: version, Data: data})
-		case s.Name != sectionRecipe:
+		case s.Name != sectionRecipe && s.Name != sectionDisks:
 			return fmt.Errorf("%s: section %q is not known: it was made by a newer Gnomon", i.path, s.Name)
 		case version > sectionVersion:
 			return fmt.Errorf("%s: section %q has version %d, of a newer Gnomon", i.path, s.Name, version)
+		case s.Name == sectionDisks:
+			if i.disks, err = decodeDisks(data); err != nil {
+				return fmt.Errorf("%s: %w", i.path, err)
+			}
 		default:
 			i.recipe = data
 		}
@@ -59,6 +64,10 @@ func (i *Image) read() error {
 
 // Recipe is what NewSaver was given; nil: nothing.
 func (i *Image) Recipe() []byte { return i.recipe }
+
+// Disks are the machine's disks in their order, as the checkpoint keeps them; nil:
+// it keeps none.
+func (i *Image) Disks() []SavedDisk { return i.disks }
 
 // Close closes the files, once all machines made from them have loaded their
 // memory or are closed.
@@ -133,7 +142,9 @@ func (i *Image) Restore(cfg vmm.Config, o Options) (*Machine, error) {
 
 // Close closes the machine, and the pager.
 func (m *Machine) Close() error {
-	// A vCPU or a device that waits for a page must not be waited for.
+	// A vCPU or a device that waits for a page must not be waited for; what a vCPU
+	// does that loses its memory must not be taken for the guest's wish.
+	m.Quit()
 	return errors.Join(m.Pager.Close(), m.Machine.Close())
 }
 

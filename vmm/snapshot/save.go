@@ -4,6 +4,7 @@ package snapshot
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -29,6 +30,7 @@ var (
 // with statePrefix.
 const (
 	sectionRecipe = "recipe"
+	sectionDisks  = "disks"
 	statePrefix   = "state:"
 
 	sectionVersion = 1
@@ -42,7 +44,10 @@ type SaveOptions struct {
 	// Stop keeps the machine paused until the file is complete.
 	Stop bool
 	// LeaveDisks leaves disks that can be written to the caller, who sees to it
-	// that a restored machine finds them as they were.
+	// that a restored machine finds them as they were. Otherwise such a disk is kept
+	// for the checkpoint, and the machine goes on in a qcow2 overlay beside it, whose
+	// name is the disk's with the checkpoint's added. After a save that fails once
+	// the machine has gone on, the overlay stays in use.
 	LeaveDisks bool
 	// Progress, where not nil, is told how many bytes of memory are done.
 	Progress func(done, total int64)
@@ -56,6 +61,8 @@ type Report struct {
 	// Prepared is how long the machine ran while the save was prepared, Pause for
 	// how long it then stood still, Total how long it all took.
 	Prepared, Pause, Total time.Duration
+
+	Disks []SavedDisk // those kept, and those that cannot be written
 
 	Memory  capture.Stats
 	Written checkpoint.WriteStats
@@ -100,9 +107,6 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	if err := s.checkParent(o.Parent); err != nil {
 		return nil, err
 	}
-	if err := s.checkDisks(o.LeaveDisks); err != nil {
-		return nil, err
-	}
 	if s.loader != nil {
 		// What is not there cannot be saved, nor protected.
 		s.loader.LoadAll()
@@ -121,6 +125,13 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 		return nil, err
 	}
 	defer c.Close()
+	disks := &keeper{}
+	if !o.LeaveDisks {
+		if disks, err = keepDisks(s.m, path); err != nil {
+			return nil, err
+		}
+		defer disks.undo()
+	}
 
 	// Ahead of the pause: what takes time that grows with the memory.
 	order, err := Order(s.m)
@@ -151,13 +162,23 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	}
 	r.Prepared = time.Since(begin)
 
-	sections, resume, err := s.freeze(c, o, r)
+	sections, resume, err := s.freeze(c, disks, o, r)
 	if err != nil {
 		return nil, err
 	}
 	defer resume()
 	for _, section := range sections {
 		if err := w.Section(statePrefix+section.Name, section.Version, section.Data); err != nil {
+			return nil, err
+		}
+	}
+	if !o.LeaveDisks {
+		r.Disks = disks.saved()
+		data, err := json.Marshal(r.Disks)
+		if err != nil {
+			return nil, err
+		}
+		if err := w.Section(sectionDisks, sectionVersion, data); err != nil {
 			return nil, err
 		}
 	}
@@ -173,6 +194,9 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	}); err != nil {
 		return nil, err
 	}
+	if err := disks.flush(); err != nil {
+		return nil, err
+	}
 	if err := w.Commit(); err != nil {
 		return nil, err
 	}
@@ -185,7 +209,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 // freeze pauses the machine, takes its state and makes its memory of this
 // instant what c saves. The machine goes on when freeze returns, or, with
 // Options.Stop or after an error of Save, when resume is called.
-func (s *Saver) freeze(c *capture.Capture, o SaveOptions, r *Report) (sections []vmm.Section, resume func() error, err error) {
+func (s *Saver) freeze(c *capture.Capture, disks *keeper, o SaveOptions, r *Report) (sections []vmm.Section, resume func() error, err error) {
 	running := s.m.Status() == vmm.StatusRunning
 	paused := time.Now()
 	if err := s.m.Pause(); err != nil {
@@ -226,6 +250,9 @@ func (s *Saver) freeze(c *capture.Capture, o SaveOptions, r *Report) (sections [
 	if err = c.Freeze(more); err != nil {
 		return nil, nil, err
 	}
+	if err = disks.switchOver(); err != nil {
+		return nil, nil, err
+	}
 	if !o.Stop {
 		err = resume()
 	}
@@ -244,17 +271,6 @@ func (s *Saver) checkParent(path string) error {
 	defer p.Close()
 	if p.ID() != s.last || s.last == (checkpoint.ID{}) {
 		return fmt.Errorf("%w: %s is not the last checkpoint that was taken of this machine: continue that one, or save everything", checkpoint.ErrParent, filepath.Base(path))
-	}
-	return nil
-}
-
-// checkDisks refuses disks that will not be as they were when the checkpoint is
-// restored.
-func (s *Saver) checkDisks(leave bool) error {
-	for _, d := range s.m.Disks() {
-		if !leave && !d.Node.ReadOnly() {
-			return fmt.Errorf("disk %s can be written and would not stay as it was: keep a copy of it yourself, taken while the machine is stopped, and say that disks are left to you", d.ID)
-		}
 	}
 	return nil
 }
