@@ -307,7 +307,7 @@ func TestCheckpointKeepsDisks(t *testing.T) {
 			dir := t.TempDir()
 			img, file := filepath.Join(dir, "disk."+format), filepath.Join(dir, "checkpoint")
 			qemuImg(ctx, t, "create", "-q", "-f", format, img, "8M")
-			const words = "blk op=randwrite bs=4k qd=4 count=20000 seed=5 order=1; blk op=randread bs=4k qd=4 count=20000 seed=5 order=1 verify=1"
+			const words = "blk op=randwrite bs=4k qd=4 count=300000 seed=5 order=1; blk op=randread bs=4k qd=4 count=4096 seed=5 order=1 verify=1"
 			p, serial := launch(t, "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file="+img)
 			p.connect(ctx, t)
 			parent := ""
