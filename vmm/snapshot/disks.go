@@ -153,4 +153,3 @@ func (d *SavedDisk) OverlayDisk(path string) error {
 	}
 	return qcow2.Create(path, qcow2.CreateOptions{Size: d.Size, Backing: d.File, BackingFormat: d.Format})
 }
-
