@@ -115,7 +115,7 @@ type memWriter struct {
 
 func newWriter() *memWriter { return &memWriter{pages: map[uint64][]byte{}} }
 
-func (w *memWriter) Block(pfns []uint64, data []byte) error {
+func (w *memWriter) BlockAt(_ uint64, pfns []uint64, data []byte) error {
 	if w.before != nil {
 		if err := w.before(); err != nil {
 			return err

@@ -12,9 +12,10 @@ import (
 
 // Writer is where pages go: a *checkpoint.Writer. Several goroutines call it.
 type Writer interface {
-	// Block takes up to BlockPages pages: their numbers, and their bytes one
-	// behind the other, which it does not keep.
-	Block(pfns []uint64, data []byte) error
+	// BlockAt takes up to BlockPages pages: their numbers, and their bytes one
+	// behind the other, which it does not keep. order is the block's place among
+	// the others, whenever its turn comes.
+	BlockAt(order uint64, pfns []uint64, data []byte) error
 	// Zero takes pages that are zero.
 	Zero(pfns ...uint64) error
 }
@@ -247,7 +248,7 @@ func (s *sweep) work() error {
 		for n, i := range indices {
 			pfns[n] = s.fill(i, data[n*pageSize:(n+1)*pageSize])
 		}
-		if err := s.w.Block(pfns[:len(indices)], data[:len(indices)*pageSize]); err != nil {
+		if err := s.w.BlockAt(block, pfns[:len(indices)], data[:len(indices)*pageSize]); err != nil {
 			return err
 		}
 		s.report(uint64(len(indices)))

@@ -97,5 +97,5 @@ func measureAll(ctx context.Context, o options) (int, error) {
 }
 
 func (b *bench) experiments() []experiment {
-	return []experiment{b.start(), b.memory(), b.block(), b.qmp(), b.exits(), b.walk(), b.saving(), b.growth(), b.increment()}
+	return []experiment{b.start(), b.memory(), b.block(), b.qmp(), b.exits(), b.walk(), b.saving(), b.growth(), b.increment(), b.idle()}
 }
