@@ -61,11 +61,9 @@ func sum(t *testing.T, r *running, workload string) string {
 
 // A walk through 256 MiB in virtual order, the pages scattered over physical memory.
 func TestWalkFaults(t *testing.T) {
-	f := faults(t, 384<<20, "fill size=256M; wait by=mailbox; touch op=sum", "touch", 0, pager.Physical, pager.Locality)
-	none, physical, locality := f[0].GuestFaults, f[pager.Physical].GuestFaults, f[pager.Locality].GuestFaults
-	if none < 65536 {
-		t.Errorf("%d faults to bring 65536 pages one by one", none)
-	}
+	f := faults(t, 384<<20, "fill size=256M; wait by=mailbox; touch op=sum", "touch", pager.Physical, pager.Locality)
+	physical, locality := f[pager.Physical].GuestFaults, f[pager.Locality].GuestFaults
+	const none = 256 << 20 / 4096 // a fault a page, as TestChaseFaults counts, and some more
 	if locality*50 > none {
 		t.Errorf("%d faults by locality, more than 2 %% of %d without", locality, none)
 	}
