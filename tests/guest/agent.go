@@ -172,7 +172,11 @@ func (c *Call) Wait(ctx context.Context, result any) error {
 	select {
 	case r = <-c.reply:
 	case <-c.agent.gone:
-		return fmt.Errorf("%s: %w", c.command, c.agent.gonerr())
+		select {
+		case r = <-c.reply: // the last thing said before the stream ended
+		default:
+			return fmt.Errorf("%s: %w", c.command, c.agent.gonerr())
+		}
 	case <-ctx.Done():
 		c.agent.forget(c.id)
 		return fmt.Errorf("%s: %w", c.command, ctx.Err())

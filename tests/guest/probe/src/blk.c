@@ -154,9 +154,11 @@ static void transfer(const struct work *w, const char *op)
 	if (write && !pattern)
 		pattern_fill((u64 *)buffers, qd * bs, seed, 0);
 
-	u64 blocks = span / bs, patience = ms_to_cycles(PATIENCE_MS), limit = ms_to_cycles(ms);
+	u64 blocks = span / bs, limit = ms_to_cycles(ms);
 	u64 submitted = 0, done = 0, failed = 0, bad = 0, longest = 0;
 	u64 start = rdtsc(), last = start;
+	struct wait wait;
+	wait_begin(&wait);
 	int ready = qd; /* ids 0..qd-1 are handed out first */
 	u32 len;
 	for (;;) {
@@ -172,6 +174,7 @@ static void transfer(const struct work *w, const char *op)
 				if (now - last > longest)
 					longest = now - last;
 				last = now;
+				wait_begin(&wait);
 				done++;
 				failed += statuses[id] != 0;
 				if (verify && !write)
@@ -193,7 +196,7 @@ static void transfer(const struct work *w, const char *op)
 		if (done == submitted)
 			break;
 		relax();
-		if (rdtsc() - last > patience)
+		if (wait_over(&wait, PATIENCE_MS))
 			return fail("blk", "timeout");
 	}
 	u64 cycles = rdtsc() - start;

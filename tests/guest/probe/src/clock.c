@@ -78,3 +78,13 @@ u64 tsc_khz(void)
 }
 
 u64 ms_to_cycles(u64 ms) { return ms * tsc_khz(); }
+
+void wait_begin(struct wait *w) { *w = (struct wait){rdtsc(), 0}; }
+
+bool wait_over(struct wait *w, u64 ms)
+{
+	u64 now = rdtsc(), step = now - w->seen, most = ms_to_cycles(100);
+	w->seen = now;
+	w->spent += step < most ? step : most;
+	return w->spent > ms_to_cycles(ms);
+}

@@ -72,7 +72,9 @@ static void blast(const struct work *w, u64 qd)
 	u64 count = number(w, "count", 1000), length = number(w, "bs", FRAME_MAX);
 	if (length < 60 || length > FRAME_MAX)
 		return fail("net", "bs");
-	u64 sent = 0, done = 0, start = rdtsc(), last = start, patience = ms_to_cycles(20000);
+	u64 sent = 0, done = 0, start = rdtsc();
+	struct wait wait;
+	wait_begin(&wait);
 	u32 len;
 	while (done < count) {
 		bool kick = false;
@@ -82,7 +84,7 @@ static void blast(const struct work *w, u64 qd)
 				id = sent;
 			else if ((id = queue_pop(&tx, &len)) >= 0) {
 				done++;
-				last = rdtsc();
+				wait_begin(&wait);
 				if (sent == count)
 					continue;
 			} else
@@ -100,7 +102,7 @@ static void blast(const struct work *w, u64 qd)
 		if (kick)
 			queue_kick(&tx);
 		relax();
-		if (rdtsc() - last > patience)
+		if (wait_over(&wait, 20000))
 			return fail("net", "timeout");
 	}
 	report("blast", done, done * length, rdtsc() - start);

@@ -53,6 +53,15 @@ static inline void mmio_write64(u64 a, u64 v) { mmio_write32(a, (u32)v); mmio_wr
 /* clock.c */
 u64 tsc_khz(void);
 u64 ms_to_cycles(u64 ms);
+/*
+ * A wait for a device. A step of the TSC in which the guest cannot have run
+ * (it was restored from a checkpoint where the TSC is the host's) counts little.
+ */
+struct wait {
+	u64 seen, spent;
+};
+void wait_begin(struct wait *w);
+bool wait_over(struct wait *w, u64 ms);
 u32 pm_timer(void);
 #define PM_TIMER_HZ 3579545
 #define PM_TIMER_MASK 0xffffff

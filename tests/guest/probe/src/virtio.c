@@ -298,10 +298,11 @@ int queue_pop(struct queue *q, u32 *len)
 
 int queue_wait(struct queue *q, u32 *len, u64 ms)
 {
-	u64 limit = ms_to_cycles(ms), start = rdtsc();
+	struct wait w;
+	wait_begin(&w);
 	for (;;) {
 		int id = queue_pop(q, len);
-		if (id >= 0 || rdtsc() - start > limit)
+		if (id >= 0 || wait_over(&w, ms))
 			return id;
 		relax();
 	}
