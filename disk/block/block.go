@@ -48,3 +48,32 @@ type Info struct {
 	ClusterSize int64 // bytes; 0 where the format has none
 	Backing     *Info // the backing file's node, or nil
 }
+
+// Extent is a run of bytes of a disk that are all kept in the same way, in the
+// words of qemu-img map.
+type Extent struct {
+	Start, Length int64
+	// Present tells that some image of the chain holds the bytes, as data or as
+	// zeroes; where none does they read as zero.
+	Present bool
+	// Depth is the image that holds them: 0 is the node itself, 1 its backing
+	// file, and so on.
+	Depth int
+	// Data tells that they are kept as data, which may read as zeroes too.
+	Data bool
+	// Zero tells that they read as zeroes.
+	Zero bool
+	// Compressed tells that they are kept in compressed clusters.
+	Compressed bool
+	// File and Offset are where on the host they are as they read, or "" and -1.
+	File   string
+	Offset int64
+}
+
+// Mapper is a Node that knows how its bytes are kept.
+type Mapper interface {
+	Node
+	// Map returns the extent at off. It begins there and ends at off+n at the
+	// latest; it may be shorter than what is kept in the same way.
+	Map(off, n int64) (Extent, error)
+}
