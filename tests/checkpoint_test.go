@@ -60,8 +60,9 @@ func TestCheckpointCommands(t *testing.T) {
 	}
 	dir := t.TempDir()
 	full, child, flat := filepath.Join(dir, "full"), filepath.Join(dir, "child"), filepath.Join(dir, "flat")
-	p, _ := launch(t, "--kernel", kernel, "--append", "fill size=32M; wait for=host; verify", "--memory", "96M", "--net", "none")
+	p, serial := launch(t, "--kernel", kernel, "--append", "fill size=32M; wait for=host; verify", "--memory", "96M", "--net", "none")
 	p.connect(ctx, t)
+	readUntil(serial, "probe: fill")
 	for !strings.Contains(command(ctx, t, "ps", "--output", "json"), p.name) {
 	}
 	var report struct {
@@ -113,21 +114,28 @@ func TestCheckpointCommands(t *testing.T) {
 		if _, err := rw.Write([]byte("go on\n")); err != nil {
 			t.Fatal(err)
 		}
-		serial := make([]byte, 0, 4096)
-		for buf := make([]byte, 4096); ; {
-			n, err := rw.Read(buf)
-			if serial = append(serial, buf[:n]...); err != nil || strings.Contains(string(serial), "probe: done") {
-				break
-			}
-		}
+		said := readUntil(rw, "probe: done")
 		if status := next.status(ctx, t); status != 0 {
 			t.Errorf("status %d\n%s", status, &next.log)
 		}
-		results := probe.Parse(string(serial))
+		results := probe.Parse(said)
 		if len(results.Lines) == 0 || results.Lines[len(results.Lines)-1].Values["bad"] != "0" {
-			t.Errorf("%s: the restored guest says:\n%s", prefetch, serial)
+			t.Errorf("%s: the restored guest says:\n%s", prefetch, said)
 		}
 	}
+}
+
+// readUntil reads what a guest says until it says text, or ends.
+func readUntil(r io.Reader, text string) string {
+	var said strings.Builder
+	for buf := make([]byte, 4096); !strings.Contains(said.String(), text); {
+		n, err := r.Read(buf)
+		said.Write(buf[:n])
+		if err != nil {
+			break
+		}
+	}
+	return said.String()
 }
 
 // Linux with two vCPUs, restored after its process was killed, is the machine it
