@@ -174,24 +174,39 @@ func (m *Machine) SaveState() ([]Section, error) {
 // restore takes over the state in Config.Restore. Preconditions: everything is
 // built, the vCPUs have not run, the devices are paused.
 func (m *Machine) restore() error {
-	sections, err := indexSections(m.cfg.Restore.Sections)
+	sections, err := m.sectionsOfParts(m.cfg.Restore.Sections)
 	if err != nil {
 		return err
 	}
+	m.stopDevices()
+	return m.takeOver(sections)
+}
+
+// sectionsOfParts finds sections by name: each of the machine's parts has its
+// like, before anything is changed.
+func (m *Machine) sectionsOfParts(all []Section) (map[string]Section, error) {
+	sections, err := indexSections(all)
+	if err != nil {
+		return nil, err
+	}
 	parts := m.parts()
-	// Nothing is changed before it is certain that each has its like.
 	for _, p := range parts {
 		if _, ok := sections[p.name]; !ok {
-			return fmt.Errorf("%w: the saved machine has no %s: describe the same devices, in the same order", ErrRestore, p.name)
+			return nil, fmt.Errorf("%w: the saved machine has no %s: describe the same devices, in the same order", ErrRestore, p.name)
 		}
 	}
 	for name := range sections {
 		if !slices.ContainsFunc(parts, func(p part) bool { return p.name == name }) {
-			return fmt.Errorf("%w: the saved machine has %s, which this one has not: describe the same devices, or use the Gnomon that saved it", ErrRestore, name)
+			return nil, fmt.Errorf("%w: the saved machine has %s, which this one has not: describe the same devices, or use the Gnomon that saved it", ErrRestore, name)
 		}
 	}
-	m.stopDevices()
-	for _, p := range parts {
+	return sections, nil
+}
+
+// takeOver sets every part to its section, and tells the guest that it is
+// another now.
+func (m *Machine) takeOver(sections map[string]Section) error {
+	for _, p := range m.parts() {
 		if err := p.set(sections[p.name].Data); err != nil {
 			return fmt.Errorf("%w: %s: %w", ErrRestore, p.name, err)
 		}
@@ -203,6 +218,63 @@ func (m *Machine) restore() error {
 		return fmt.Errorf("%w: %w", ErrRestore, err)
 	}
 	return nil
+}
+
+// Revert takes a paused machine to the state in r, as New makes a machine of it.
+// Its memory is discarded before r.Prepare is called. When the state does not fit
+// the machine is as before; when taking it over fails it has ended, with the error.
+func (m *Machine) Revert(r Restore) (err error) {
+	m.ctl.Lock()
+	defer m.ctl.Unlock()
+	switch s := m.Status(); {
+	case m.closed:
+		return ErrClosed
+	case s != StatusPaused:
+		return fmt.Errorf("%w: it can be taken to a saved state while it is paused, not while it is %q", ErrState, s)
+	case m.gate.holds(holdRequest) != 0:
+		return fmt.Errorf("%w: the guest is being reset or powered off", ErrState)
+	}
+	same := Config{CPUs: m.cfg.CPUs, Memory: m.cfg.Memory, Restore: &r}
+	saved, err := same.applyRestore()
+	if err != nil {
+		return err
+	}
+	if !slices.Equal(saved.Host.CPUID, m.cpuid) {
+		return fmt.Errorf("%w: the saved guest was shown another CPU: restore it as a machine of its own", ErrRestore)
+	}
+	if err := m.checkHost(&saved.Host); err != nil {
+		return err
+	}
+	sections, err := m.sectionsOfParts(r.Sections)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			m.Fail(err)
+		}
+	}()
+	m.cfg.Restore = &r
+	if err := m.resetDevices(); err != nil {
+		return fmt.Errorf("%w: %w", ErrRestore, err)
+	}
+	for _, c := range m.cpus {
+		if err := c.resetState(); err != nil {
+			return fmt.Errorf("%w: %w", ErrRestore, err)
+		}
+	}
+	for _, region := range m.mem.Regions() {
+		if err := m.mem.Discard(region.GPA, region.Size); err != nil {
+			return fmt.Errorf("%w: %w", ErrRestore, err)
+		}
+	}
+	if r.Prepare != nil {
+		if err := r.Prepare(m.mem); err != nil {
+			return fmt.Errorf("%w: %w", ErrRestore, err)
+		}
+	}
+	m.clock.stop()
+	return m.takeOver(sections)
 }
 
 // indexSections finds sections by name and refuses those of another version.

@@ -289,6 +289,28 @@ func (n *Node) Freeze() error {
 // ReadOnly implements block.Node.
 func (n *Node) ReadOnly() bool { return n.readOnly }
 
+// Map implements block.Mapper: what the host's file system holds nothing for reads
+// as zero.
+func (n *Node) Map(off, length int64) (block.Extent, error) {
+	if err := n.check(off, length); err != nil {
+		return block.Extent{}, err
+	}
+	e := block.Extent{Start: off, Length: length, Present: true, Data: true, File: n.file.Name(), Offset: off}
+	data, err := unix.Seek(n.fd, off, unix.SEEK_DATA)
+	switch {
+	case err == unix.ENXIO:
+		e.Data, e.Zero = false, true
+	case err != nil: // no holes here, or no telling: a block device
+	case data > off:
+		e.Data, e.Zero, e.Length = false, true, min(length, data-off)
+	default:
+		if hole, err := unix.Seek(n.fd, off, unix.SEEK_HOLE); err == nil && hole > off {
+			e.Length = min(length, hole-off)
+		}
+	}
+	return e, nil
+}
+
 // Info implements block.Node.
 func (n *Node) Info() block.Info {
 	info := block.Info{Format: "raw", Filename: n.file.Name(), VirtualSize: n.size.Load()}

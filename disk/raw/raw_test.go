@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -441,5 +442,48 @@ func TestBlockDevice(t *testing.T) {
 	}
 	if got, _ := os.ReadFile(path); !bytes.Equal(got, content) {
 		t.Error("the file below the device has other content")
+	}
+}
+
+// The map names what the file system holds, and what it does not.
+func TestMap(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	n, err := Open(path, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	for _, at := range []int64{128 << 10, 512 << 10} {
+		if err := n.Writev([][]byte{bytes.Repeat([]byte{1}, 64<<10)}, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var got []block.Extent
+	for off := int64(0); off < n.Size(); {
+		e, err := n.Map(off, n.Size()-off)
+		if err != nil || e.Start != off || e.Length <= 0 {
+			t.Fatalf("Map(%d): %+v, %v", off, e, err)
+		}
+		off += e.Length
+		got = append(got, e)
+	}
+	extent := func(start, length int64, data bool) block.Extent {
+		return block.Extent{Start: start, Length: length, Present: true, Data: data, Zero: !data, File: path, Offset: start}
+	}
+	want := []block.Extent{
+		extent(0, 128<<10, false), extent(128<<10, 64<<10, true), extent(192<<10, 320<<10, false),
+		extent(512<<10, 64<<10, true), extent(576<<10, 448<<10, false),
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+	if _, err := n.Map(1<<20-512, 1024); !errors.Is(err, block.ErrOutOfRange) {
+		t.Errorf("past the end: %v", err)
 	}
 }

@@ -41,7 +41,8 @@ func newCheckpointCommand() *cobra.Command {
 
 Its disks belong to the checkpoint: each that can be written stays as it was, and the machine goes on in a qcow2
 overlay beside it, from which you also start it the next time. gnomon checkpoint commit writes an overlay back when
-the checkpoint is not needed any more. With --disks none the disks are your own affair.
+the checkpoint is not needed any more. With --disks copy they are copied beside the checkpoint, FILE.DISK.qcow2,
+and the machine stays in its own; with --disks none they are your own affair.
 
 With --parent the file holds only what changed since that checkpoint, which must be the last one taken of this
 machine. gnomon restore starts a machine from the file.`,
@@ -54,9 +55,9 @@ machine. gnomon restore starts a machine from the file.`,
 	to := flags.String("to", "", "checkpoint `file` to make")
 	parent := flags.String("parent", "", "`file` of the checkpoint that this one continues")
 	mode := flags.String("mode", "running", "`how`: running|stop (the machine stands still until the file is complete)")
-	disks := flags.String("disks", "keep", "`what` becomes of disks that can be written: keep|none (they are left to you)")
+	disks := flags.String("disks", "keep", "`what` becomes of disks that can be written: keep|copy|none (they are left to you)")
 	output := addOutputFlag(cmd)
-	completeFlag(cmd, "disks", "keep", "none")
+	completeFlag(cmd, "disks", "keep", "copy", "none")
 	completeFlag(cmd, "mode", "running", "stop")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkOutput(*output); err != nil {

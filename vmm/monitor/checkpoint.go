@@ -23,11 +23,14 @@ type checkpointDisks string
 
 const (
 	disksKeep checkpointDisks = "keep" // they are the checkpoint's; the machine goes on in overlays
+	disksCopy checkpointDisks = "copy" // they are copied beside the checkpoint; the machine stays in its own
 	disksNone checkpointDisks = "none" // they are left to the user
 )
 
 // Values lists the ways for the schema.
-func (checkpointDisks) Values() []string { return []string{string(disksKeep), string(disksNone)} }
+func (checkpointDisks) Values() []string {
+	return []string{string(disksKeep), string(disksCopy), string(disksNone)}
+}
 
 // Values lists the modes for the schema.
 func (checkpointMode) Values() []string { return []string{string(modeRunning), string(modeStop)} }
@@ -94,6 +97,7 @@ func (mon *monitor) registerCheckpoint(reg *qmp.Registry) {
 	c := &mon.checkpoints
 	if c.saver != nil {
 		qmp.Register(reg, "__org.gnomon_checkpoint", mon.checkpoint)
+		mon.registerSnapshots(reg)
 		qmp.Register(reg, "__org.gnomon_query-checkpoint", func(context.Context, *qmp.Session, qmp.Empty) (checkpointData, error) {
 			return c.report()
 		})
@@ -106,7 +110,10 @@ func (mon *monitor) registerCheckpoint(reg *qmp.Registry) {
 // checkpoint starts the job that saves the machine. The job is dismissed by
 // whoever started it, as QEMU's snapshot-save is.
 func (mon *monitor) checkpoint(_ context.Context, s *qmp.Session, a checkpointArguments) (e qmp.Empty, err error) {
-	o := snapshot.SaveOptions{Stop: a.Mode != nil && *a.Mode == modeStop, LeaveDisks: a.Disks != nil && *a.Disks == disksNone}
+	o := snapshot.SaveOptions{Stop: a.Mode != nil && *a.Mode == modeStop}
+	if a.Disks != nil {
+		o.Disks = map[checkpointDisks]snapshot.Disks{disksKeep: snapshot.KeepDisks, disksCopy: snapshot.CopyDisks, disksNone: snapshot.LeaveDisks}[*a.Disks]
+	}
 	if a.Parent != nil {
 		o.Parent = *a.Parent
 	}
@@ -120,16 +127,21 @@ func (mon *monitor) checkpoint(_ context.Context, s *qmp.Session, a checkpointAr
 	}
 	_, err = s.Server().Jobs().Start(a.JobID, "checkpoint", qmp.JobOptions{ManualDismiss: true}, func(ctx context.Context, j *qmp.Job) error {
 		o.Progress = j.SetProgress
-		r, err := mon.checkpoints.saver.Save(ctx, a.File, o)
-		if err != nil {
-			return err
-		}
-		mon.checkpoints.mu.Lock()
-		mon.checkpoints.last = r
-		mon.checkpoints.mu.Unlock()
-		return nil
+		return mon.checkpoints.save(ctx, a.File, o)
 	})
 	return e, err
+}
+
+// save saves the machine and keeps the report.
+func (c *checkpoints) save(ctx context.Context, file string, o snapshot.SaveOptions) error {
+	r, err := c.saver.Save(ctx, file, o)
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.last = r
+	return nil
 }
 
 func (c *checkpoints) report() (checkpointData, error) {

@@ -1,11 +1,13 @@
 package snapshot
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
 
+	"github.com/gnomon-vmm/gnomon/disk/backup"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 	"github.com/gnomon-vmm/gnomon/vmm"
@@ -22,71 +24,115 @@ type SavedDisk struct {
 	Overlay string `json:"overlay,omitempty"`
 }
 
-// keeper keeps a machine's disks as they are at one instant, each under an
-// overlay in which the machine goes on.
+// keeper keeps a machine's disks as they are at one instant: each under an
+// overlay in which the machine goes on, or by copying them.
 type keeper struct {
 	disks    []keptDisk
 	switched bool
+	done     bool // the checkpoint is complete
 }
 
 type keptDisk struct {
 	SavedDisk
 	root *block.Root
 	base block.Freezer // nil: the disk cannot be written
+	// Of a disk that is copied:
+	copy   string      // the copy's path
+	target *qcow2.Node // until it is complete
+	copier *backup.Filter
 }
 
-// keepDisks prepares it, ahead of the pause: overlays are made, and what is to be
+// keepDisks prepares it, ahead of the pause: images are made, and what is to be
 // kept is written to the disk, so that little is left to do.
-func keepDisks(m *vmm.Machine, checkpoint string) (k *keeper, err error) {
+func keepDisks(m *vmm.Machine, checkpoint string, o SaveOptions) (k *keeper, err error) {
 	k = &keeper{}
 	defer func() {
 		if err != nil {
 			k.undo()
 		}
 	}()
+	if checkpoint, err = filepath.Abs(checkpoint); err != nil {
+		return nil, err
+	}
+	tag := o.Tag
+	if tag == "" {
+		tag = filepath.Base(checkpoint)
+	}
 	for _, d := range m.Disks() {
 		info := d.Node.Info()
 		kept := keptDisk{root: d.Root, SavedDisk: SavedDisk{ID: d.ID, Format: info.Format, ReadOnly: d.Node.ReadOnly(), Size: d.Node.Size()}}
 		if kept.File, err = filepath.Abs(info.Filename); err != nil {
 			return nil, err
 		}
-		if !kept.ReadOnly {
-			base, ok := d.Root.Current().(block.Freezer)
-			if !ok {
-				return nil, fmt.Errorf("disk %s: a disk of format %s cannot be kept", d.ID, info.Format)
-			}
-			if err := base.Flush(); err != nil {
-				return nil, fmt.Errorf("disk %s: %w", d.ID, err)
-			}
-			overlay := kept.File + "." + filepath.Base(checkpoint) + ".qcow2"
-			if err := qcow2.CreateOver(overlay, base); err != nil {
-				return nil, fmt.Errorf("disk %s: %w", d.ID, err)
-			}
-			kept.base, kept.Overlay = base, overlay
+		switch {
+		case kept.ReadOnly:
+		case o.Disks == CopyDisks:
+			err = kept.prepareCopy(checkpoint + "." + d.ID + ".qcow2")
+		default:
+			err = kept.prepareOverlay(kept.File + "." + tag + ".qcow2")
+		}
+		if err != nil {
+			return nil, fmt.Errorf("disk %s: %w", d.ID, err)
 		}
 		k.disks = append(k.disks, kept)
 	}
 	return k, nil
 }
 
-// switchOver puts the overlays in place. The machine is paused.
+func (d *keptDisk) prepareOverlay(path string) error {
+	base, ok := d.root.Current().(block.Freezer)
+	if !ok {
+		return fmt.Errorf("a disk of format %s cannot be kept: have it copied", d.Format)
+	}
+	if err := base.Flush(); err != nil {
+		return err
+	}
+	if err := qcow2.CreateOver(path, base); err != nil {
+		return err
+	}
+	d.base, d.Overlay = base, path
+	return nil
+}
+
+func (d *keptDisk) prepareCopy(path string) error {
+	if err := qcow2.Create(path, qcow2.CreateOptions{Size: d.Size}); err != nil {
+		return err
+	}
+	var err error
+	if d.target, err = qcow2.Open(path, false); err != nil {
+		os.Remove(path)
+		return err
+	}
+	d.copy, d.File, d.Format = path, path, "qcow2"
+	return nil
+}
+
+// switchOver puts overlays and copiers in place. The machine is paused.
 func (k *keeper) switchOver() error {
-	overlays := make([]*qcow2.Node, len(k.disks))
-	for i, d := range k.disks {
-		if d.base == nil {
-			continue
-		}
+	next := make([]block.Node, len(k.disks))
+	for i := range k.disks {
+		d := &k.disks[i]
 		var err error
-		if overlays[i], err = qcow2.OpenOver(d.Overlay, d.base); err != nil {
+		switch {
+		case d.target != nil:
+			d.copier, err = backup.New(d.root.Current(), d.target)
+			next[i] = d.copier
+		case d.base != nil:
+			next[i], err = qcow2.OpenOver(d.Overlay, d.base)
+		}
+		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
 	}
 	k.switched = true
 	for i, d := range k.disks {
+		if next[i] == nil {
+			continue
+		}
+		d.root.Swap(next[i])
 		if d.base == nil {
 			continue
 		}
-		d.root.Swap(overlays[i])
 		if err := d.base.Freeze(); err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
@@ -94,27 +140,45 @@ func (k *keeper) switchOver() error {
 	return nil
 }
 
-// flush makes durable what is kept.
-func (k *keeper) flush() error {
-	for _, d := range k.disks {
-		if d.base == nil {
-			continue
+// finish makes durable what is kept.
+func (k *keeper) finish(ctx context.Context) error {
+	for i := range k.disks {
+		d := &k.disks[i]
+		var err error
+		switch {
+		case d.copier != nil:
+			if err = d.copier.Copy(ctx, nil); err == nil {
+				target := d.target
+				d.target = nil
+				err = target.Close()
+			}
+		case d.base != nil:
+			err = d.base.Flush()
 		}
-		if err := d.base.Flush(); err != nil {
+		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
 	}
 	return nil
 }
 
-// undo removes overlays that are not in use. After switchOver they are: then the
-// machine's disks are right as they are, with one more image each.
+// undo takes copiers away, and removes what no complete checkpoint and no machine
+// uses. After switchOver machines use their overlays: then their disks are right
+// as they are, with one more image each.
 func (k *keeper) undo() {
-	if k.switched {
-		return
-	}
-	for _, d := range k.disks {
-		if d.Overlay != "" {
+	for i := range k.disks {
+		d := &k.disks[i]
+		if d.copier != nil {
+			d.root.Swap(d.copier.Node)
+		}
+		if d.target != nil {
+			d.target.Close()
+		}
+		switch {
+		case k.done:
+		case d.copy != "":
+			os.Remove(d.copy)
+		case d.Overlay != "" && !k.switched:
 			os.Remove(d.Overlay)
 		}
 	}

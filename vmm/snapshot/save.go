@@ -36,6 +36,23 @@ const (
 	sectionVersion = 1
 )
 
+// Disks is what a save does about the disks that can be written.
+type Disks int
+
+const (
+	// KeepDisks keeps them for the checkpoint, as they are at its instant. The
+	// machine goes on in qcow2 overlays beside them, whose names are the disk's
+	// with the tag added. After a save that fails once the machine has gone on,
+	// the overlays stay in use.
+	KeepDisks Disks = iota
+	// CopyDisks copies them into qcow2 images beside the checkpoint, FILE.ID.qcow2.
+	// The machine stays in its own.
+	CopyDisks
+	// LeaveDisks leaves them to the caller, who sees to it that a restored machine
+	// finds them as they were.
+	LeaveDisks
+)
+
 // SaveOptions say how a machine is saved.
 type SaveOptions struct {
 	// Parent is the path of the machine's last checkpoint; the new file then
@@ -43,12 +60,10 @@ type SaveOptions struct {
 	Parent string
 	// Stop keeps the machine paused until the file is complete.
 	Stop bool
-	// LeaveDisks leaves disks that can be written to the caller, who sees to it
-	// that a restored machine finds them as they were. Otherwise such a disk is kept
-	// for the checkpoint, and the machine goes on in a qcow2 overlay beside it, whose
-	// name is the disk's with the checkpoint's added. After a save that fails once
-	// the machine has gone on, the overlay stays in use.
-	LeaveDisks bool
+	// Disks is what becomes of disks that can be written.
+	Disks Disks
+	// Tag is in the names of overlays and copies; "": the file's name.
+	Tag string
 	// Progress, where not nil, is told how many bytes of memory are done.
 	Progress func(done, total int64)
 }
@@ -72,10 +87,12 @@ type Report struct {
 type Saver struct {
 	m      *vmm.Machine
 	recipe []byte
-	loader *pager.Pager // nil: the machine was not restored
 
-	mu   sync.Mutex    // held while saving: one save at a time
-	last checkpoint.ID // what the next save can continue; guarded by mu
+	mu sync.Mutex // held while saving: one save at a time
+	// loader is what loads the machine's memory, nil if it was not restored;
+	// guarded by mu.
+	loader *pager.Pager
+	last   checkpoint.ID // what the next save can continue; guarded by mu
 	// since are pages written since the last checkpoint that an attempt at its
 	// child collected and did not save; guarded by mu.
 	since *dirty.Bitmap
@@ -107,12 +124,8 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	if err := s.checkParent(o.Parent); err != nil {
 		return nil, err
 	}
-	if s.loader != nil {
-		// What is not there cannot be saved, nor protected.
-		s.loader.LoadAll()
-		if err := s.loader.Wait(ctx); err != nil {
-			return nil, err
-		}
+	if err := s.loaded(ctx); err != nil {
+		return nil, err
 	}
 	mem := s.m.Memory()
 	w, err := checkpoint.Create(path, checkpoint.CreateOptions{Memory: ranges(mem), Parent: o.Parent})
@@ -126,8 +139,8 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	}
 	defer c.Close()
 	disks := &keeper{}
-	if !o.LeaveDisks {
-		if disks, err = keepDisks(s.m, path); err != nil {
+	if o.Disks != LeaveDisks {
+		if disks, err = keepDisks(s.m, path, o); err != nil {
 			return nil, err
 		}
 		defer disks.undo()
@@ -172,7 +185,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 			return nil, err
 		}
 	}
-	if !o.LeaveDisks {
+	if o.Disks != LeaveDisks {
 		r.Disks = disks.saved()
 		data, err := json.Marshal(r.Disks)
 		if err != nil {
@@ -194,12 +207,13 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	}); err != nil {
 		return nil, err
 	}
-	if err := disks.flush(); err != nil {
+	if err := disks.finish(ctx); err != nil {
 		return nil, err
 	}
 	if err := w.Commit(); err != nil {
 		return nil, err
 	}
+	disks.done = true
 	s.last = w.ID()
 	s.since.Reset()
 	r.ID, r.Memory, r.Written, r.Total = w.ID(), c.Stats(), w.Stats(), time.Since(begin)
