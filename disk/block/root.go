@@ -1,6 +1,9 @@
 package block
 
-import "sync/atomic"
+import (
+	"sync"
+	"sync/atomic"
+)
 
 // Freezer is a Node that can be made one to be read only, for good.
 type Freezer interface {
@@ -12,43 +15,85 @@ type Freezer interface {
 }
 
 // Root is the node a device uses: it passes everything on to another node, which
-// can be replaced.
+// can be replaced between two requests.
 type Root struct {
-	current atomic.Pointer[holder]
+	// requests is held to be read by each request, and to be written while there
+	// must be none.
+	requests sync.RWMutex
+	current  atomic.Pointer[holder]
 }
 
 type holder struct{ Node }
 
-var _ Node = (*Root)(nil)
+var _ Mapper = (*Root)(nil)
 
 // NewRoot makes a root that passes requests on to n.
 func NewRoot(n Node) *Root {
 	r := &Root{}
-	r.Swap(n)
+	r.current.Store(&holder{n})
 	return r
 }
 
 // Current is the node that requests are passed on to.
 func (r *Root) Current() Node { return r.current.Load().Node }
 
-// Swap has later requests go to n. There are none under way.
-func (r *Root) Swap(n Node) { r.current.Store(&holder{n}) }
+// Swap has later requests go to n, when those under way have ended.
+func (r *Root) Swap(n Node) {
+	r.Drained(func(Node) Node { return n })
+}
+
+// Drained calls f while there are no requests; those that come meanwhile wait.
+// They go on with the node that f returns.
+func (r *Root) Drained(f func(current Node) Node) {
+	r.requests.Lock()
+	defer r.requests.Unlock()
+	r.current.Store(&holder{f(r.Current())})
+}
 
 // Readv implements Node.
-func (r *Root) Readv(bufs [][]byte, off int64) error { return r.Current().Readv(bufs, off) }
+func (r *Root) Readv(bufs [][]byte, off int64) error {
+	r.requests.RLock()
+	defer r.requests.RUnlock()
+	return r.Current().Readv(bufs, off)
+}
 
 // Writev implements Node.
-func (r *Root) Writev(bufs [][]byte, off int64) error { return r.Current().Writev(bufs, off) }
+func (r *Root) Writev(bufs [][]byte, off int64) error {
+	r.requests.RLock()
+	defer r.requests.RUnlock()
+	return r.Current().Writev(bufs, off)
+}
 
 // Flush implements Node.
-func (r *Root) Flush() error { return r.Current().Flush() }
+func (r *Root) Flush() error {
+	r.requests.RLock()
+	defer r.requests.RUnlock()
+	return r.Current().Flush()
+}
 
 // Discard implements Node.
-func (r *Root) Discard(off, n int64) error { return r.Current().Discard(off, n) }
+func (r *Root) Discard(off, n int64) error {
+	r.requests.RLock()
+	defer r.requests.RUnlock()
+	return r.Current().Discard(off, n)
+}
 
 // WriteZeroes implements Node.
 func (r *Root) WriteZeroes(off, n int64, unmap bool) error {
+	r.requests.RLock()
+	defer r.requests.RUnlock()
 	return r.Current().WriteZeroes(off, n, unmap)
+}
+
+// Map implements Mapper; of a node that does not know how its bytes are kept, all
+// are data.
+func (r *Root) Map(off, n int64) (Extent, error) {
+	r.requests.RLock()
+	defer r.requests.RUnlock()
+	if m, ok := r.Current().(Mapper); ok {
+		return m.Map(off, n)
+	}
+	return Extent{Start: off, Length: n, Present: true, Data: true, Offset: -1}, nil
 }
 
 // Size implements Node.

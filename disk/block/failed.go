@@ -1,0 +1,19 @@
+package block
+
+// failed is a node that can do nothing any more.
+type failed struct {
+	Node
+	err error
+}
+
+// Failed is a node like another all of whose requests fail with err.
+func Failed(like Node, err error) Node { return failed{like, err} }
+
+func (f failed) Readv([][]byte, int64) error          { return f.err }
+func (f failed) Writev([][]byte, int64) error         { return f.err }
+func (f failed) Flush() error                         { return f.err }
+func (f failed) Discard(int64, int64) error           { return f.err }
+func (f failed) WriteZeroes(int64, int64, bool) error { return f.err }
+func (f failed) Map(int64, int64) (Extent, error)     { return Extent{}, f.err }
+func (f failed) Close() error                         { return nil }
+func (f failed) Size() int64                          { return f.Node.Size() }

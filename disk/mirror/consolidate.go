@@ -1,0 +1,182 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/gnomon-vmm/gnomon/disk"
+	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/disk/qcow2"
+)
+
+// Consolidation deletes the newest snapshot of a disk in use: the overlay's
+// content goes into its backing file, in which the disk's user then goes on.
+//
+// At every instant the overlay on its backing file is the disk: the pass writes
+// to the backing file only what the overlay holds too, and what is diverted there
+// is what the overlay does not hold. So after a crash the disk is as it was
+// flushed, and consolidating begins anew. At the end an empty overlay takes the
+// place of the old one, by a rename, before the disk's user can write on: the
+// overlay's name stays a name of this disk.
+type Consolidation struct {
+	root    *block.Root
+	overlay *qcow2.Node
+	parent  block.Node // open to be written
+	path    string     // the overlay's
+	filter  *Filter
+	done    bool // the overlay is gone
+}
+
+// Consolidate puts the filter in place. Run makes the pass; then Finish or Cancel
+// follows.
+func Consolidate(root *block.Root, o Options) (*Consolidation, error) {
+	c := &Consolidation{root: root}
+	var err error
+	root.Drained(func(current block.Node) block.Node {
+		if err = c.begin(current, o); err != nil {
+			return current
+		}
+		return c.filter
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrMirror, err)
+	}
+	return c, nil
+}
+
+func (c *Consolidation) begin(current block.Node, o Options) error {
+	overlay, ok := current.(*qcow2.Node)
+	switch {
+	case !ok:
+		return fmt.Errorf("a disk of format %s has no backing file to move into", current.Info().Format)
+	case overlay.ReadOnly():
+		return block.ErrReadOnly
+	case overlay.Backing() == nil:
+		return fmt.Errorf("%s has no backing file", overlay.Info().Filename)
+	}
+	var err error
+	if c.path, err = filepath.Abs(overlay.Info().Filename); err != nil {
+		return err
+	}
+	c.overlay = overlay
+	if c.parent, err = c.reopenBacking(false); err != nil {
+		return err
+	}
+	o.Consolidate = true
+	if c.filter, err = New(overlay, c.parent, o); err != nil {
+		_, again := c.reopenBacking(true)
+		return errors.Join(err, again)
+	}
+	return nil
+}
+
+// reopenBacking opens the overlay's backing file anew, to be read only or to be
+// written. When that fails it is open as before.
+func (c *Consolidation) reopenBacking(readOnly bool) (block.Node, error) {
+	info := c.overlay.Backing().Info()
+	was := c.overlay.Backing().ReadOnly()
+	open := func(readOnly bool) (block.Node, error) {
+		return disk.Open(info.Filename, disk.Options{Format: info.Format, ReadOnly: readOnly})
+	}
+	// Its own lock would keep us from writing.
+	if err := c.overlay.SetBacking(nil).Close(); err != nil {
+		return nil, err
+	}
+	backing, err := open(readOnly)
+	if err == nil {
+		c.overlay.SetBacking(backing)
+		return backing, nil
+	}
+	old, again := open(was)
+	if again != nil {
+		old = block.Failed(c.overlay, again)
+	}
+	c.overlay.SetBacking(old)
+	return nil, errors.Join(err, again)
+}
+
+// Run makes the pass: all that the overlay holds is then in the backing file.
+func (c *Consolidation) Run(ctx context.Context) error { return c.filter.Run(ctx) }
+
+// Figures are those up to now.
+func (c *Consolidation) Figures() Figures { return c.filter.Figures() }
+
+// Cancel takes the filter away. The disk goes on in its overlay; the backing file
+// is not the snapshot any more that it was.
+func (c *Consolidation) Cancel() error {
+	var err error
+	c.root.Drained(func(block.Node) block.Node {
+		_, err = c.reopenBacking(true)
+		return c.overlay
+	})
+	return err
+}
+
+// Finish has the disk's user go on in the backing file, and leaves an empty
+// overlay in the old one's place. When it fails the disk is as after Cancel.
+func (c *Consolidation) Finish() error {
+	err := c.finish()
+	if err != nil && !c.done {
+		err = errors.Join(err, c.Cancel())
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrMirror, err)
+	}
+	return nil
+}
+
+func (c *Consolidation) finish() (err error) {
+	if err := c.filter.Err(); err != nil {
+		return err
+	}
+	// Most of what must be durable becomes so while the disk is used.
+	if err := c.parent.Flush(); err != nil {
+		return err
+	}
+	empty := c.path + ".consolidated"
+	if err := os.Remove(empty); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := qcow2.CreateOver(empty, c.parent); err != nil {
+		return err
+	}
+	replaced := false
+	c.root.Drained(func(filter block.Node) block.Node {
+		if err = c.filter.Err(); err == nil {
+			err = c.parent.Flush()
+		}
+		if err == nil {
+			replaced, err = replace(empty, c.path)
+		}
+		if !replaced {
+			return filter
+		}
+		return c.parent
+	})
+	if !replaced {
+		os.Remove(empty)
+		return err
+	}
+	// Nobody needs it any more; its file has no name.
+	c.overlay.SetBacking(nil)
+	c.overlay.Close()
+	c.done = true
+	return err
+}
+
+// replace renames a file, and tells whether it has. An error beside that is one
+// of making it durable.
+func replace(from, to string) (bool, error) {
+	if err := os.Rename(from, to); err != nil {
+		return false, err
+	}
+	dir, err := os.Open(filepath.Dir(to))
+	if err != nil {
+		return true, err
+	}
+	defer dir.Close()
+	return true, dir.Sync()
+}
