@@ -10,8 +10,9 @@ PACKAGES := acpica-tools bc bison build-essential busybox-static cpio curl e2fsp
 GO_PACKAGES := ./...
 # The main fuzz targets run this long in make test, in whole seconds.
 FUZZTIME ?= 30s
-# Packages whose tests boot real guests run one after the other: they would
+# Packages whose tests boot whole machines run one after the other: they would
 # take each other's processors.
+SERIAL_PACKAGES := ./tests/... ./tools/... ./vmm/...
 TESTFLAGS ?= -timeout 25m
 
 .PHONY: run test test-long bench build guest deps check unit fuzz clean help
@@ -44,7 +45,8 @@ check: ## formatting, vet, staticcheck
 	go tool staticcheck $(GO_PACKAGES)
 
 unit: ## all tests, with the race detector
-	CGO_ENABLED=1 go test -race -count=1 -p 1 $(TESTFLAGS) $(GO_PACKAGES)
+	CGO_ENABLED=1 go test -race -count=1 -p 2 $(TESTFLAGS) $$(go list ./... | grep -vE '/(tests|tools|vmm)(/|$$)')
+	CGO_ENABLED=1 go test -race -count=1 -p 1 $(TESTFLAGS) $(SERIAL_PACKAGES)
 
 fuzz: ## each fuzz target for FUZZTIME
 	@sh tests/fuzz.sh $(FUZZTIME)

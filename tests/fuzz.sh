@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs every fuzz target of the module: what takes a guest's, a file's or a
-# peer's own format for the given time (default 30s), the others for a sixth of
+# peer's own format for the given time (default 30s), the others for a tenth of
 # the seconds. A target that finds something fails the run and leaves its input
 # under the package's testdata/fuzz, to be committed with the mend.
 set -eu
@@ -14,7 +14,7 @@ grep -rlE '^func Fuzz[A-Z]' --include='*_test.go' . | sort | while read -r file;
 	grep -hoE '^func Fuzz[A-Za-z0-9_]+' "$file" | sed 's/^func //' | while read -r target; do
 		case " $main " in
 		*" $target "*) for_seconds=$seconds ;;
-		*) for_seconds=$((seconds / 6 + 1)) ;;
+		*) for_seconds=$((seconds / 10 + 1)) ;;
 		esac
 		# Little of the time goes into making interesting inputs small.
 		go test -run '^$' -fuzz "^$target\$" -fuzztime "${for_seconds}s" -fuzzminimizetime 10x "$package" || exit 1
