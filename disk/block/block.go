@@ -56,8 +56,8 @@ type Extent struct {
 	// Present tells that some image of the chain holds the bytes, as data or as
 	// zeroes; where none does they read as zero.
 	Present bool
-	// Depth is the image that holds them: 0 is the node itself, 1 its backing
-	// file, and so on.
+	// Depth is the image that holds them, or the last where none does: 0 is the
+	// node itself, 1 its backing file, and so on.
 	Depth int
 	// Data tells that they are kept as data, which may read as zeroes too.
 	Data bool

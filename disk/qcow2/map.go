@@ -49,8 +49,6 @@ func (n *Node) mapBacking(e block.Extent) (block.Extent, error) {
 		return e, nil
 	}
 	b, err := m.Map(e.Start, min(e.Length, left))
-	if b.Present {
-		b.Depth++
-	}
+	b.Depth++
 	return b, err
 }

@@ -1,0 +1,90 @@
+package tests
+
+import (
+	"context"
+	"encoding/json"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+// The commands on images agree with qemu-img's of the same name.
+func TestDiskCommands(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	content := make([]byte, 5<<20)
+	rand.NewChaCha8([32]byte{1}).Read(content[1<<20 : 3<<20])
+	if err := os.WriteFile(at("a.img"), content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	command(ctx, t, "disk", "convert", at("a.img"), at("a.qcow2"))
+	qemuImg(ctx, t, "compare", at("a.img"), at("a.qcow2"))
+	qemuImg(ctx, t, "check", at("a.qcow2"))
+	if out := command(ctx, t, "disk", "compare", at("a.img"), at("a.qcow2")); out != "Images are identical.\n" {
+		t.Errorf("compare: %q", out)
+	}
+
+	command(ctx, t, "disk", "create", "-b", "a.qcow2", "-F", "qcow2", at("b.qcow2"))
+	if out, err := exec.CommandContext(ctx, "qemu-io", "-c", "write -P 7 100k 70k", at("b.qcow2")).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	qemuImg(ctx, t, "convert", "-O", "qcow2", "-c", at("b.qcow2"), at("c.qcow2"))
+	for _, image := range []string{"a.qcow2", "b.qcow2", "c.qcow2"} {
+		var ours, theirs []map[string]any
+		if err := json.Unmarshal([]byte(command(ctx, t, "disk", "map", "--output", "json", at(image))), &ours); err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal([]byte(qemuImg(ctx, t, "map", "--output=json", at(image))), &theirs); err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range ours {
+			delete(e, "compressed") // newer QEMU's
+		}
+		if !reflect.DeepEqual(ours, theirs) {
+			t.Errorf("%s: map\n%v, qemu-img\n%v", image, ours, theirs)
+		}
+		var info, want map[string]any
+		if err := json.Unmarshal([]byte(command(ctx, t, "disk", "info", "--output", "json", at(image))), &info); err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal([]byte(qemuImg(ctx, t, "info", "--output=json", at(image))), &want); err != nil {
+			t.Fatal(err)
+		}
+		for _, key := range []string{"format", "virtual-size", "actual-size", "cluster-size", "dirty-flag", "backing-filename-format"} {
+			if !reflect.DeepEqual(info[key], want[key]) {
+				t.Errorf("%s: %s is %v, qemu-img says %v", image, key, info[key], want[key])
+			}
+		}
+	}
+
+	for _, tt := range []struct {
+		args   []string
+		status int
+		says   string
+	}{
+		{[]string{"compare", at("a.img"), at("b.qcow2")}, 1, ""},
+		{[]string{"compare", at("a.img"), at("missing")}, 2, "does not exist"},
+		{[]string{"create", at("a.img"), "1M"}, 1, "exists"},
+		{[]string{"create", at("new.img")}, 2, "no SIZE"},
+		{[]string{"create", at("new.img"), "-b", "a.img"}, 2, "-b without -F"},
+		{[]string{"convert", at("a.img"), at("b.qcow2")}, 1, "exists"},
+		{[]string{"convert", at("a.img"), at("new.img"), "-O", "vmdk"}, 2, "raw and qcow2"},
+	} {
+		cmd := exec.CommandContext(ctx, gnomon, append([]string{"disk"}, tt.args...)...)
+		var stderr strings.Builder
+		cmd.Stderr = &stderr
+		err := cmd.Run()
+		if cmd.ProcessState.ExitCode() != tt.status || !strings.Contains(stderr.String(), tt.says) || strings.Count(stderr.String(), "\n") > 1 {
+			t.Errorf("disk %v: %v, %q; want status %d and %q", tt.args, err, &stderr, tt.status, tt.says)
+		}
+		if _, err := os.Lstat(at("new.img")); err == nil {
+			t.Errorf("disk %v left an image behind", tt.args)
+		}
+	}
+}

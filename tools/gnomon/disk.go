@@ -1,0 +1,368 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/gnomon-vmm/gnomon/disk"
+	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/disk/convert"
+	"github.com/gnomon-vmm/gnomon/disk/qcow2"
+)
+
+func newDiskCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "disk COMMAND",
+		Short: "Make, look into, convert and compare disk images",
+		Long: `Make, look into, convert and compare disk images. Where qemu-img has the same command, options and output are its
+own. An image whose name ends in .qcow2 is taken for qcow2, any other for raw: -f says otherwise.`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(newDiskCreateCommand(), newDiskInfoCommand(), newDiskMapCommand(), newDiskConvertCommand(), newDiskCompareCommand(), newCommitCommand())
+	return cmd
+}
+
+// addFormatFlag adds qemu-img's -f or another flag that names a format.
+func addFormatFlag(cmd *cobra.Command, long, short, usage string) *string {
+	format := cmd.Flags().StringP(long, short, "", usage)
+	completeFlag(cmd, long, disk.FormatRaw, disk.FormatQcow2)
+	return format
+}
+
+// formatOf is the format that a name says where no flag does.
+func formatOf(format, path string) string {
+	switch {
+	case format != "":
+		return format
+	case strings.HasSuffix(path, ".qcow2"):
+		return disk.FormatQcow2
+	}
+	return disk.FormatRaw
+}
+
+// createImage makes an image at path, which must not exist.
+func createImage(path, format string, o qcow2.CreateOptions) error {
+	o.Size = (o.Size + 511) / 512 * 512
+	switch formatOf(format, path) {
+	case disk.FormatQcow2:
+		return qcow2.Create(path, o)
+	case disk.FormatRaw:
+	default:
+		return usageError(fmt.Errorf("format %q: raw and qcow2 are possible", format))
+	}
+	if o.Backing != "" {
+		return usageError(errors.New("a raw image has no backing file: make it qcow2, -f qcow2"))
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("create disk: %w", err)
+	}
+	err = errors.Join(f.Truncate(o.Size), f.Close())
+	if err != nil {
+		os.Remove(path)
+	}
+	return err
+}
+
+func newDiskCreateCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "create FILE [SIZE] [-f FORMAT] [-b BACKING -F FORMAT]",
+		Short: "Make an empty image, or an overlay on another",
+		Long: `Make an empty image of SIZE, or, with -b, an overlay that reads as another image and keeps what is written to it; then
+SIZE may be left out. FILE must not exist.`,
+		Example: `  gnomon disk create root.qcow2 10G
+  gnomon disk create vm1.qcow2 -b root.qcow2 -F qcow2`,
+		Args: usageArgs(cobra.RangeArgs(1, 2)),
+	}
+	format := addFormatFlag(cmd, "format", "f", "`format`: raw|qcow2 (default: what the name says)")
+	backing := cmd.Flags().StringP("backing", "b", "", "`image` that the new one lies on, as the new one shall name it")
+	backingFormat := addFormatFlag(cmd, "backing-format", "F", "`format` of the backing image: raw|qcow2")
+	cluster := cmd.Flags().String("cluster-size", "64K", "`bytes` of a qcow2 cluster, 512 to 2M")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		var o qcow2.CreateOptions
+		size, err := parseSize(*cluster, 1)
+		if err != nil {
+			return usageError(fmt.Errorf("--cluster-size: %w", err))
+		}
+		o.ClusterSize = int64(size)
+		if *backing != "" {
+			if *backingFormat == "" {
+				return usageError(errors.New("-b without -F: say which format the backing image has"))
+			}
+			path := *backing
+			if !filepath.IsAbs(path) {
+				path = filepath.Join(filepath.Dir(args[0]), path)
+			}
+			n, err := disk.Open(path, disk.Options{Format: *backingFormat, ReadOnly: true})
+			if err != nil {
+				return err
+			}
+			o.Backing, o.BackingFormat, o.Size = *backing, *backingFormat, n.Size()
+			n.Close()
+		}
+		switch {
+		case len(args) == 2:
+			size, err := parseSize(args[1], 1)
+			if err != nil {
+				return usageError(err)
+			}
+			o.Size = int64(size)
+		case *backing == "":
+			return usageError(errors.New("no SIZE: how large shall the image be?"))
+		}
+		return createImage(args[0], *format, o)
+	}
+	return cmd
+}
+
+// imageInfo is what qemu-img info prints of an image.
+type imageInfo struct {
+	Filename      string `json:"filename"`
+	Format        string `json:"format"`
+	VirtualSize   int64  `json:"virtual-size"`
+	ActualSize    int64  `json:"actual-size"`
+	ClusterSize   int64  `json:"cluster-size,omitempty"`
+	Dirty         bool   `json:"dirty-flag"`
+	Backing       string `json:"backing-filename,omitempty"`
+	BackingFormat string `json:"backing-filename-format,omitempty"`
+}
+
+func newDiskInfoCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "info FILE [-f FORMAT] [--backing-chain]",
+		Short: "Tell an image's format, sizes and backing file",
+		Args:  usageArgs(cobra.ExactArgs(1)),
+	}
+	format := addFormatFlag(cmd, "format", "f", "`format`: raw|qcow2 (default: what the name says)")
+	chain := cmd.Flags().Bool("backing-chain", false, "tell of the images behind it too")
+	output := addOutputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := checkOutput(*output); err != nil {
+			return err
+		}
+		n, err := disk.Open(args[0], disk.Options{Format: *format, ReadOnly: true})
+		if err != nil {
+			return err
+		}
+		defer n.Close()
+		info := n.Info()
+		var all []imageInfo
+		for i := &info; i != nil; i = i.Backing {
+			one := imageInfo{Filename: i.Filename, Format: i.Format, VirtualSize: i.VirtualSize, ActualSize: i.ActualSize, ClusterSize: i.ClusterSize}
+			if i.Backing != nil {
+				one.Backing, one.BackingFormat = i.Backing.Filename, i.Backing.Format
+			}
+			if q, ok := n.(*qcow2.Node); ok && i == &info {
+				one.Dirty = q.Header().Dirty()
+			}
+			all = append(all, one)
+			if !*chain {
+				break
+			}
+		}
+		switch {
+		case *output == "json" && *chain:
+			return printJSON(cmd.OutOrStdout(), all)
+		case *output == "json":
+			return printJSON(cmd.OutOrStdout(), all[0])
+		}
+		w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 1, ' ', 0)
+		for i, one := range all {
+			if i > 0 {
+				fmt.Fprintln(w)
+			}
+			fmt.Fprintf(w, "image:\t%s\n", one.Filename)
+			fmt.Fprintf(w, "file format:\t%s\n", one.Format)
+			fmt.Fprintf(w, "virtual size:\t%s (%d bytes)\n", mebibytes(one.VirtualSize), one.VirtualSize)
+			fmt.Fprintf(w, "disk size:\t%s\n", mebibytes(one.ActualSize))
+			if one.ClusterSize != 0 {
+				fmt.Fprintf(w, "cluster_size:\t%d\n", one.ClusterSize)
+			}
+			if one.Dirty {
+				fmt.Fprintf(w, "cleanly shut down:\tno\n")
+			}
+			if one.Backing != "" {
+				fmt.Fprintf(w, "backing file:\t%s\n", one.Backing)
+				fmt.Fprintf(w, "backing file format:\t%s\n", one.BackingFormat)
+			}
+		}
+		return w.Flush()
+	}
+	return cmd
+}
+
+// mapEntry is an extent as qemu-img map prints it.
+type mapEntry struct {
+	Start      int64  `json:"start"`
+	Length     int64  `json:"length"`
+	Depth      int    `json:"depth"`
+	Present    bool   `json:"present"`
+	Zero       bool   `json:"zero"`
+	Data       bool   `json:"data"`
+	Compressed bool   `json:"compressed"`
+	Offset     *int64 `json:"offset,omitempty"`
+	file       string
+}
+
+// follows tells that e goes on where m ends, in the same way.
+func (m *mapEntry) follows(e mapEntry) bool {
+	return m.Depth == e.Depth && m.Present == e.Present && m.Zero == e.Zero && m.Data == e.Data && m.Compressed == e.Compressed && m.file == e.file &&
+		(m.Offset == nil) == (e.Offset == nil) && (m.Offset == nil || *m.Offset+m.Length == *e.Offset)
+}
+
+func newDiskMapCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "map FILE [-f FORMAT]",
+		Short: "Tell which image of a chain holds which bytes, and where",
+		Args:  usageArgs(cobra.ExactArgs(1)),
+	}
+	format := addFormatFlag(cmd, "format", "f", "`format`: raw|qcow2 (default: what the name says)")
+	output := addOutputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := checkOutput(*output); err != nil {
+			return err
+		}
+		n, err := disk.Open(args[0], disk.Options{Format: *format, ReadOnly: true})
+		if err != nil {
+			return err
+		}
+		defer n.Close()
+		m, ok := n.(block.Mapper)
+		if !ok {
+			return fmt.Errorf("%s: an image of format %s cannot be mapped", args[0], n.Info().Format)
+		}
+		entries := []mapEntry{}
+		for off := int64(0); off < n.Size(); {
+			e, err := m.Map(off, n.Size()-off)
+			if err != nil {
+				return err
+			}
+			one := mapEntry{Start: off, Length: e.Length, Depth: e.Depth, Present: e.Present, Zero: e.Zero, Data: e.Data, Compressed: e.Compressed, file: e.File}
+			if e.Offset >= 0 {
+				one.Offset = &e.Offset
+			}
+			if k := len(entries) - 1; k >= 0 && entries[k].follows(one) {
+				entries[k].Length += one.Length
+			} else {
+				entries = append(entries, one)
+			}
+			off += e.Length
+		}
+		if *output == "json" {
+			return printJSON(cmd.OutOrStdout(), entries)
+		}
+		w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+		fmt.Fprintln(w, "Offset\tLength\tMapped to\tFile")
+		for _, e := range entries {
+			if e.Data && !e.Zero && e.Offset != nil {
+				fmt.Fprintf(w, "%#x\t%#x\t%#x\t%s\n", e.Start, e.Length, *e.Offset, e.file)
+			}
+		}
+		return w.Flush()
+	}
+	return cmd
+}
+
+func newDiskConvertCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "convert SOURCE TARGET [-f FORMAT] [-O FORMAT]",
+		Short: "Copy what an image and its backing files read as into a new image",
+		Long: `Copy what an image and its backing files read as into a new image, which must not exist and is removed again if this
+fails. What reads as zero takes no space.`,
+		Example: `  gnomon disk convert disk.img disk.qcow2
+  gnomon disk convert overlay.qcow2 whole.img`,
+		Args: usageArgs(cobra.ExactArgs(2)),
+	}
+	format := addFormatFlag(cmd, "format", "f", "`format` of the source: raw|qcow2 (default: what the name says)")
+	target := addFormatFlag(cmd, "target-format", "O", "`format` of the target: raw|qcow2 (default: what the name says)")
+	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
+		src, err := disk.Open(args[0], disk.Options{Format: *format, ReadOnly: true})
+		if err != nil {
+			return err
+		}
+		defer src.Close()
+		if err := createImage(args[1], *target, qcow2.CreateOptions{Size: src.Size()}); err != nil {
+			return err
+		}
+		defer func() {
+			if err != nil {
+				os.Remove(args[1])
+			}
+		}()
+		dst, err := disk.Open(args[1], disk.Options{Format: formatOf(*target, args[1])})
+		if err != nil {
+			return err
+		}
+		bar := newProgress("converting")
+		err = convert.Copy(cmd.Context(), dst, src, convert.Options{TargetIsZero: true, Progress: bar.Set})
+		bar.Finish()
+		return errors.Join(err, dst.Close())
+	}
+	return cmd
+}
+
+// statusDiffer is gnomon disk compare's, as qemu-img's.
+const statusDiffer = 1
+
+func newDiskCompareCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "compare A B [-f FORMAT] [-F FORMAT] [-s]",
+		Short: "Tell whether two images read the same",
+		Long: `Tell whether two images read the same: status 0 if they do, 1 if they do not, 2 if one cannot be read. What one has
+behind the other's end counts as the same if it is zero, unless -s.`,
+		Args: usageArgs(cobra.ExactArgs(2)),
+	}
+	first := addFormatFlag(cmd, "format", "f", "`format` of the first: raw|qcow2 (default: what the name says)")
+	second := addFormatFlag(cmd, "second-format", "F", "`format` of the second: raw|qcow2 (default: what the name says)")
+	strict := cmd.Flags().BoolP("strict", "s", false, "images of different sizes are different")
+	output := addOutputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := checkOutput(*output); err != nil {
+			return err
+		}
+		var nodes [2]block.Node
+		for i, format := range []string{*first, *second} {
+			var err error
+			if nodes[i], err = disk.Open(args[i], disk.Options{Format: format, ReadOnly: true}); err != nil {
+				return &exitStatus{statusUsage, err}
+			}
+			defer nodes[i].Close()
+		}
+		bar := newProgress("comparing")
+		d, err := convert.Compare(cmd.Context(), nodes[0], nodes[1], *strict, bar.Set)
+		bar.Finish()
+		if err != nil {
+			return &exitStatus{statusUsage, err}
+		}
+		if *output == "json" {
+			result := map[string]any{"identical": d == nil}
+			if d != nil {
+				result["offset"], result["size-differs"] = d.Offset, d.Size
+			}
+			if err := printJSON(cmd.OutOrStdout(), result); err != nil {
+				return err
+			}
+		} else {
+			switch {
+			case d == nil:
+				fmt.Fprintln(cmd.OutOrStdout(), "Images are identical.")
+			case d.Size:
+				fmt.Fprintf(cmd.OutOrStdout(), "Images differ: one goes on at offset %d, where the other ends\n", d.Offset)
+			default:
+				fmt.Fprintf(cmd.OutOrStdout(), "Content mismatch at offset %d!\n", d.Offset)
+			}
+		}
+		if d != nil {
+			return &exitStatus{statusDiffer, nil}
+		}
+		return nil
+	}
+	return cmd
+}
