@@ -21,11 +21,22 @@ const (
 	batch       = 16       // clusters that Copy reads at once
 )
 
+// Options say what is copied.
+type Options struct {
+	// Top: only what the disk's own image holds. The target reads the rest from the
+	// same backing file. The disk must be a block.Mapper.
+	Top bool
+	// Pause, where not nil, is called between two steps of Copy; it may wait, and end
+	// the copy with an error.
+	Pause func() error
+}
+
 // Filter is a node in the place of the disk's own. It passes everything on, and
 // sees to it that the target gets what the disk held when the filter was made.
 type Filter struct {
 	block.Node
 	target block.Node
+	o      Options
 
 	copied []atomic.Uint64     // a bit for each cluster that needs no copying any more
 	locks  [stripes]sync.Mutex // held while a cluster of theirs is copied
@@ -37,13 +48,17 @@ type Filter struct {
 }
 
 // New makes a filter for a disk on which there are no requests until the filter
-// is in its place. target is as large, and reads as zero.
-func New(disk, target block.Node) (*Filter, error) {
+// is in its place. target is as large, and reads as zero, or with Options.Top as
+// the disk's backing file.
+func New(disk, target block.Node, o Options) (*Filter, error) {
+	if _, ok := disk.(block.Mapper); o.Top && !ok {
+		return nil, fmt.Errorf("%w: a disk of format %s does not tell what it holds itself", ErrCopy, disk.Info().Format)
+	}
 	if disk.Size() != target.Size() {
 		return nil, fmt.Errorf("%w: the disk has %d bytes, the target %d", ErrCopy, disk.Size(), target.Size())
 	}
 	clusters := (disk.Size() + clusterSize - 1) / clusterSize
-	f := &Filter{Node: disk, target: target, copied: make([]atomic.Uint64, (clusters+63)/64)}
+	f := &Filter{Node: disk, target: target, o: o, copied: make([]atomic.Uint64, (clusters+63)/64)}
 	f.pool.New = func() any { return new([batch * clusterSize]byte) }
 	return f, nil
 }
@@ -56,7 +71,11 @@ func (f *Filter) Copied() int64 { return f.bytes.Load() }
 func (f *Filter) Copy(ctx context.Context, progress func(done, total int64)) error {
 	clusters := int64(len(f.copied)) * 64
 	for c := int64(0); c < clusters && c*clusterSize < f.Size(); {
-		if err := ctx.Err(); err != nil {
+		err := ctx.Err()
+		if err == nil && f.o.Pause != nil {
+			err = f.o.Pause()
+		}
+		if err != nil {
 			f.fail(err)
 			break
 		}
@@ -98,7 +117,7 @@ func (f *Filter) sweep(first int64) (int64, error) {
 		f.locks[c%stripes].Lock()
 		defer f.locks[c%stripes].Unlock()
 	}
-	if f.allZero(first*clusterSize, min((first+n)*clusterSize, f.Size())) {
+	if f.needless(first*clusterSize, min((first+n)*clusterSize, f.Size())) {
 		for c := first; c < first+n; c++ {
 			f.mark(c)
 		}
@@ -120,12 +139,16 @@ func (f *Filter) sweep(first int64) (int64, error) {
 	return n, nil
 }
 
-// allZero tells that the disk knows that it reads as zero from off to end.
-func (f *Filter) allZero(off, end int64) bool {
+// needless tells that nothing need be copied from off to end: the disk knows that
+// it reads as the target does without.
+func (f *Filter) needless(off, end int64) bool {
 	m, ok := f.Node.(block.Mapper)
 	for ok && off < end {
 		e, err := m.Map(off, end-off)
-		if err != nil || !e.Zero || e.Length <= 0 {
+		if err != nil || e.Length <= 0 {
+			return false
+		}
+		if f.o.Top && e.Present && e.Depth == 0 || !f.o.Top && !e.Zero {
 			return false
 		}
 		off += e.Length
@@ -142,7 +165,7 @@ func (f *Filter) copyRun(first, n int64) error {
 	if err := f.Node.Readv([][]byte{data}, off); err != nil {
 		return err
 	}
-	if !block.IsZero(data) {
+	if f.o.Top || !block.IsZero(data) {
 		if err := f.target.Writev([][]byte{data}, off); err != nil {
 			return err
 		}
@@ -152,6 +175,15 @@ func (f *Filter) copyRun(first, n int64) error {
 		f.mark(c)
 	}
 	return nil
+}
+
+// copyOne copies a cluster, whose lock is held, if that is needed.
+func (f *Filter) copyOne(c int64) error {
+	if f.o.Top && f.needless(c*clusterSize, min((c+1)*clusterSize, f.Size())) {
+		f.mark(c)
+		return nil
+	}
+	return f.copyRun(c, 1)
 }
 
 func (f *Filter) isCopied(c int64) bool { return f.copied[c/64].Load()&(1<<(c%64)) != 0 }
@@ -170,7 +202,7 @@ func (f *Filter) before(off, n int64) {
 		lock := &f.locks[c%stripes]
 		lock.Lock()
 		if !f.isCopied(c) {
-			if err := f.copyRun(c, 1); err != nil {
+			if err := f.copyOne(c); err != nil {
 				f.fail(err)
 			}
 		}

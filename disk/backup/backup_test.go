@@ -63,7 +63,7 @@ func TestCopiesTheInstant(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f, err := backup.New(src, target)
+		f, err := backup.New(src, target, backup.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -129,7 +129,7 @@ func (failing) Writev([][]byte, int64) error { return errFull }
 // A target that fails ends the copy and not the disk.
 func TestTargetFails(t *testing.T) {
 	src := disk(t, random(1))
-	f, err := backup.New(src, failing{disk(t, make([]byte, size))})
+	f, err := backup.New(src, failing{disk(t, make([]byte, size))}, backup.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -142,7 +142,7 @@ func TestTargetFails(t *testing.T) {
 	if got := content(src)[10:13]; string(got) != "new" {
 		t.Errorf("read %q", got)
 	}
-	if _, err := backup.New(src, disk(t, make([]byte, 512))); !errors.Is(err, backup.ErrCopy) {
+	if _, err := backup.New(src, disk(t, make([]byte, 512)), backup.Options{}); !errors.Is(err, backup.ErrCopy) {
 		t.Errorf("a small target: %v", err)
 	}
 }
@@ -150,7 +150,7 @@ func TestTargetFails(t *testing.T) {
 // A copy that is cancelled leaves the disk to go on.
 func TestCancel(t *testing.T) {
 	src := disk(t, random(2))
-	f, err := backup.New(src, disk(t, make([]byte, size)))
+	f, err := backup.New(src, disk(t, make([]byte, size)), backup.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -39,6 +39,14 @@ type Node interface {
 	Close() error
 }
 
+// Resizer is a Node whose size can be changed.
+type Resizer interface {
+	Node
+	// Resize makes the disk size bytes long, a multiple of 512. What is added reads
+	// as zero; what is cut off is lost. There are no requests meanwhile.
+	Resize(size int64) error
+}
+
 // Info describes a node in QEMU's words.
 type Info struct {
 	Format      string // driver: "raw", "qcow2"

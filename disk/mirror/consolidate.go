@@ -12,19 +12,20 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 )
 
-// Consolidation deletes the newest snapshot of a disk in use: the overlay's
-// content goes into its backing file, in which the disk's user then goes on.
+// Consolidation deletes the newest snapshots of a disk in use: what the overlay,
+// and more images on which it lies, hold goes into the base, the image behind
+// them, in which the disk's user then goes on.
 //
-// At every instant the overlay on its backing file is the disk: the pass writes
-// to the backing file only what the overlay holds too, and what is diverted there
-// is what the overlay does not hold. So after a crash the disk is as it was
+// At every instant the overlay on its chain is the disk: the pass writes to the
+// base only what is held before it too, and what is diverted there is what is not. So after a crash the disk is as it was
 // flushed, and consolidating begins anew. At the end an empty overlay takes the
 // place of the old one, by a rename, before the disk's user can write on: the
 // overlay's name stays a name of this disk.
 type Consolidation struct {
 	root    *block.Root
 	overlay *qcow2.Node
-	parent  block.Node // open to be written
+	above   *qcow2.Node // that lies on the base itself: the overlay, or one behind it
+	base    block.Node  // open to be written
 	path    string     // the overlay's
 	filter  *Filter
 	done    bool // the overlay is gone
@@ -61,61 +62,66 @@ func (c *Consolidation) begin(current block.Node, o Options) error {
 	if c.path, err = filepath.Abs(overlay.Info().Filename); err != nil {
 		return err
 	}
-	c.overlay = overlay
-	if c.parent, err = c.reopenBacking(false); err != nil {
+	c.overlay, c.above = overlay, overlay
+	o.Depth = max(o.Depth, 1)
+	for range o.Depth - 1 {
+		if c.above, ok = c.above.Backing().(*qcow2.Node); !ok || c.above.Backing() == nil {
+			return fmt.Errorf("%s lies on fewer than %d images", overlay.Info().Filename, o.Depth)
+		}
+	}
+	if c.base, err = c.reopenBase(false); err != nil {
 		return err
 	}
-	o.Consolidate = true
-	if c.filter, err = New(overlay, c.parent, o); err != nil {
-		_, again := c.reopenBacking(true)
+	if c.filter, err = New(overlay, c.base, o); err != nil {
+		_, again := c.reopenBase(true)
 		return errors.Join(err, again)
 	}
 	return nil
 }
 
-// reopenBacking opens the overlay's backing file anew, to be read only or to be
-// written. When that fails it is open as before.
-func (c *Consolidation) reopenBacking(readOnly bool) (block.Node, error) {
-	info := c.overlay.Backing().Info()
-	was := c.overlay.Backing().ReadOnly()
+// reopenBase opens the base anew, to be read only or to be written. When that
+// fails it is open as before.
+func (c *Consolidation) reopenBase(readOnly bool) (block.Node, error) {
+	info := c.above.Backing().Info()
+	was := c.above.Backing().ReadOnly()
 	open := func(readOnly bool) (block.Node, error) {
 		return disk.Open(info.Filename, disk.Options{Format: info.Format, ReadOnly: readOnly})
 	}
 	// Its own lock would keep us from writing.
-	if err := c.overlay.SetBacking(nil).Close(); err != nil {
+	if err := c.above.SetBacking(nil).Close(); err != nil {
 		return nil, err
 	}
-	backing, err := open(readOnly)
+	base, err := open(readOnly)
 	if err == nil {
-		c.overlay.SetBacking(backing)
-		return backing, nil
+		c.above.SetBacking(base)
+		return base, nil
 	}
 	old, again := open(was)
 	if again != nil {
 		old = block.Failed(c.overlay, again)
 	}
-	c.overlay.SetBacking(old)
+	c.above.SetBacking(old)
 	return nil, errors.Join(err, again)
 }
 
-// Run makes the pass: all that the overlay holds is then in the backing file.
+// Run makes the pass: all that is held before the base is then in it.
 func (c *Consolidation) Run(ctx context.Context) error { return c.filter.Run(ctx) }
 
 // Figures are those up to now.
 func (c *Consolidation) Figures() Figures { return c.filter.Figures() }
 
-// Cancel takes the filter away. The disk goes on in its overlay; the backing file
-// is not the snapshot any more that it was.
+// Cancel takes the filter away. The disk goes on in its overlay; the base is not the
+// snapshot any more that it was.
 func (c *Consolidation) Cancel() error {
 	var err error
 	c.root.Drained(func(block.Node) block.Node {
-		_, err = c.reopenBacking(true)
+		_, err = c.reopenBase(true)
 		return c.overlay
 	})
 	return err
 }
 
-// Finish has the disk's user go on in the backing file, and leaves an empty
+// Finish has the disk's user go on in the base, and leaves an empty
 // overlay in the old one's place. When it fails the disk is as after Cancel.
 func (c *Consolidation) Finish() error {
 	err := c.finish()
@@ -133,20 +139,20 @@ func (c *Consolidation) finish() (err error) {
 		return err
 	}
 	// Most of what must be durable becomes so while the disk is used.
-	if err := c.parent.Flush(); err != nil {
+	if err := c.base.Flush(); err != nil {
 		return err
 	}
 	empty := c.path + ".consolidated"
 	if err := os.Remove(empty); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := qcow2.CreateOver(empty, c.parent); err != nil {
+	if err := qcow2.CreateOver(empty, c.base); err != nil {
 		return err
 	}
 	replaced := false
 	c.root.Drained(func(filter block.Node) block.Node {
 		if err = c.filter.Err(); err == nil {
-			err = c.parent.Flush()
+			err = c.base.Flush()
 		}
 		if err == nil {
 			replaced, err = replace(empty, c.path)
@@ -154,14 +160,14 @@ func (c *Consolidation) finish() (err error) {
 		if !replaced {
 			return filter
 		}
-		return c.parent
+		return c.base
 	})
 	if !replaced {
 		os.Remove(empty)
 		return err
 	}
 	// Nobody needs it any more; its file has no name.
-	c.overlay.SetBacking(nil)
+	c.above.SetBacking(nil)
 	c.overlay.Close()
 	c.done = true
 	return err

@@ -1,5 +1,5 @@
 // Package mirror moves a disk that is in use to another place: into the parent
-// of its overlay (Consolidate), or to a copy (Copy). One ascending pass copies
+// of its overlay (Consolidate), or to a copy. One ascending pass copies
 // what is there; meanwhile each write behind the pass goes to both, so that
 // nothing is copied twice and the pass ends. Then the disk's user is switched
 // over, between two requests.
@@ -26,11 +26,11 @@ const (
 
 // Options say how to move.
 type Options struct {
-	// Consolidate: the target is what the source reads from where it holds
-	// nothing itself (its backing file). Only what the source holds is copied, and
-	// a write to what it does not hold goes to the target alone. The source must
-	// be a block.Mapper.
-	Consolidate bool
+	// Depth, where not 0: the target is the image of the source's own chain at this
+	// depth, 1 its backing file. Only what the images before it hold is copied, and
+	// a write to what they do not hold goes to the target alone. The source must be
+	// a block.Mapper.
+	Depth int
 	// TargetIsZero tells that the target reads as zero, so that zeroes need no copying.
 	TargetIsZero bool
 	// Progress, where not nil, is told how far the pass is, in bytes of the disk.
@@ -73,7 +73,7 @@ func New(source, target block.Node, o Options) (*Filter, error) {
 	if source.Size() > target.Size() {
 		return nil, fmt.Errorf("%w: the source has %d bytes, the target %d", ErrMirror, source.Size(), target.Size())
 	}
-	if _, ok := source.(block.Mapper); o.Consolidate && !ok {
+	if _, ok := source.(block.Mapper); o.Depth > 0 && !ok {
 		return nil, fmt.Errorf("%w: a source of format %s does not tell what it holds", ErrMirror, source.Info().Format)
 	}
 	f := &Filter{Node: source, target: target, o: o}
@@ -125,7 +125,7 @@ func (f *Filter) Err() error {
 	return f.err
 }
 
-// fail ends the moving. The source goes on: with Consolidate it lacks what was
+// fail ends the moving. The source goes on: with Options.Depth it lacks what was
 // diverted, and reads it from the target as before.
 func (f *Filter) fail(err error) {
 	f.mu.Lock()
@@ -180,8 +180,8 @@ func (f *Filter) extent(off, n int64) (extent, error) {
 		return extent{}, fmt.Errorf("the source names an extent of %d bytes at %d", e.Length, off)
 	}
 	take := true
-	if f.o.Consolidate {
-		take = e.Present && e.Depth == 0
+	if f.o.Depth > 0 {
+		take = e.Present && e.Depth < f.o.Depth
 	}
 	return extent{start: off, length: e.Length, take: take, zero: e.Zero}, nil
 }
@@ -259,7 +259,7 @@ func (f *Filter) way(cluster int64) way {
 	switch {
 	case f.bad.Load():
 		return toSource
-	case f.o.Consolidate && !f.holds(cluster, passed):
+	case f.o.Depth > 0 && !f.holds(cluster, passed):
 		return toTarget
 	case !passed:
 		return toSource
@@ -366,7 +366,7 @@ func (f *Filter) WriteZeroes(off, n int64, unmap bool) error {
 
 // Flush implements block.Node. What was diverted is in the target alone.
 func (f *Filter) Flush() error {
-	if f.o.Consolidate && f.diverted.Load() > 0 {
+	if f.o.Depth > 0 && f.diverted.Load() > 0 {
 		if err := f.target.Flush(); err != nil {
 			return err
 		}

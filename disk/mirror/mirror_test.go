@@ -206,12 +206,12 @@ func TestConsolidate(t *testing.T) {
 			n, model, dir := overlay(t, seed, format)
 			before := held(t, n)
 			root := block.NewRoot(n)
-			stop := make(chan struct{})
-			wait := writers(t, root, model, seed, stop)
 			c, err := mirror.Consolidate(root, mirror.Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
+			stop := make(chan struct{})
+			wait := writers(t, root, model, seed, stop)
 			if err := c.Run(context.Background()); err != nil {
 				t.Fatal(err)
 			}

@@ -266,6 +266,18 @@ func ignoringEINTR(f func() error) error {
 // Size implements block.Node.
 func (n *Node) Size() int64 { return n.size.Load() }
 
+// Resize implements block.Resizer; a block device has the size that it has.
+func (n *Node) Resize(size int64) error {
+	if n.readOnly {
+		return block.ErrReadOnly
+	}
+	if err := n.file.Truncate(size); err != nil {
+		return err
+	}
+	n.size.Store(size)
+	return nil
+}
+
 // Grow makes room for a format that keeps its image in the file: the disk is at
 // least size bytes long, whole sectors, and the file becomes so when it is written.
 func (n *Node) Grow(size int64) {

@@ -105,7 +105,7 @@ type (
 		AvgReadQueueDepth  float64 `qmp:"avg_rd_queue_depth"`
 		AvgWriteQueueDepth float64 `qmp:"avg_wr_queue_depth"`
 	}
-	// blockJob is BlockJobInfo. No job works on a disk yet.
+	// blockJob is BlockJobInfo.
 	blockJob struct {
 		Type         string         `qmp:"type"`
 		Device       string         `qmp:"device"`
@@ -161,7 +161,6 @@ func (mon *monitor) registerBlock(reg *qmp.Registry) {
 	})
 	qmp.Register(reg, "query-blockstats", mon.queryBlockStats)
 	qmp.Register(reg, "query-named-block-nodes", mon.queryNodes)
-	query(reg, "query-block-jobs", func() []blockJob { return nil })
 }
 
 // queryNodes lists every node, those of backing files too. flat leaves out the

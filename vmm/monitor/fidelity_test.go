@@ -22,6 +22,10 @@ var notQEMUs = []string{"query-cpus", "query-events", "__ORG.GNOMON_DEVICE_BROKE
 // jobs have types of their own.
 var looser = []string{"query-jobs returns[].type"}
 
+// narrower are the commands that do not take all that QEMU's take: they refuse
+// what they do not know by its name.
+var narrower = []string{"block-commit", "drive-backup", "drive-mirror"}
+
 // TestSchemaFitsQEMU compares the schemas: what we return and send is what
 // QEMU's clients may expect, what they may ask for is accepted.
 func TestSchemaFitsQEMU(t *testing.T) {
@@ -52,7 +56,9 @@ func TestSchemaFitsQEMU(t *testing.T) {
 		}
 		f.given(name+" returns", our.RetType, their.RetType)
 		f.seen = map[string]bool{}
-		f.taken(name, our.ArgType, their.ArgType)
+		if !slices.Contains(narrower, name) {
+			f.taken(name, our.ArgType, their.ArgType)
+		}
 	}
 	for _, p := range f.problems {
 		t.Error(p)

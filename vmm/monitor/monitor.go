@@ -6,6 +6,8 @@
 //   - dump-guest-memory writes only ELF, always 64-bit x86, and without paging;
 //     with detach it is a job too, "dump-guest-memory", that job-cancel ends.
 //   - query-cpus, which QEMU dropped in 6.0, is there for older clients.
+//   - block-commit, drive-backup and drive-mirror take the arguments that have a
+//     meaning here, and refuse the others by name; a disk has one job at a time.
 //   - __org.gnomon_checkpoint saves the machine, and __ORG.GNOMON_FAILED tells
 //     that it cannot go on.
 //   - __ORG.GNOMON_DEVICE_BROKEN tells that the guest's driver broke a virtio
@@ -33,6 +35,7 @@ type monitor struct {
 	server *qmp.Server
 
 	checkpoints checkpoints
+	blockJobs   blockJobs
 
 	mu   sync.Mutex
 	dump dumpState // guarded by mu
@@ -51,7 +54,7 @@ func WithPager(p *pager.Pager) Option { return func(m *monitor) { m.checkpoints.
 // tcp:HOST:PORT) until the server is closed, which must come before the
 // machine's Close.
 func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server, error) {
-	mon := &monitor{m: m, dump: dumpState{Status: dumpNone}}
+	mon := &monitor{m: m, dump: dumpState{Status: dumpNone}, blockJobs: blockJobs{byDisk: map[string]*blockWork{}}}
 	for _, o := range options {
 		o(mon)
 	}
@@ -61,6 +64,8 @@ func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server,
 	mon.registerCPUs(reg)
 	mon.registerPCI(reg)
 	mon.registerBlock(reg)
+	mon.registerBlockJobs(reg)
+	mon.registerBlockOperations(reg)
 	mon.registerDevices(reg)
 	mon.registerStats(reg)
 	mon.registerMemory(reg)

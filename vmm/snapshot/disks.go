@@ -115,7 +115,7 @@ func (k *keeper) switchOver() error {
 		var err error
 		switch {
 		case d.target != nil:
-			d.copier, err = backup.New(d.root.Current(), d.target)
+			d.copier, err = backup.New(d.root.Current(), d.target, backup.Options{})
 			next[i] = d.copier
 		case d.base != nil:
 			next[i], err = qcow2.OpenOver(d.Overlay, d.base)

@@ -1,0 +1,311 @@
+package monitor
+
+import (
+	"context"
+	"errors"
+	"math"
+	"sync"
+	"time"
+
+	"github.com/gnomon-vmm/gnomon/qmp"
+	"github.com/gnomon-vmm/gnomon/vmm"
+)
+
+// blockJobKind is the type of a job that works on a disk, of QEMU's
+// qapi/job.json.
+type blockJobKind string
+
+const (
+	jobBackup blockJobKind = "backup"
+	jobCommit blockJobKind = "commit"
+	jobMirror blockJobKind = "mirror"
+)
+
+func (blockJobKind) Values() []string {
+	return []string{string(jobBackup), string(jobCommit), string(jobMirror)}
+}
+
+// blockWork is a job that works on a disk. A disk has one at a time.
+type blockWork struct {
+	mon  *monitor
+	kind blockJobKind
+	disk vmm.AttachedDisk
+	job  *qmp.Job
+
+	autoFinalize, autoDismiss bool
+
+	mu    sync.Mutex
+	speed int64     // bytes a second, 0: no limit; guarded by mu
+	since time.Time // what is counted since; guarded by mu
+	spent int64     // bytes since then; guarded by mu
+	woken chan struct{}
+}
+
+// blockJobs are the machine's, by the id of the disk and that of the job.
+type blockJobs struct {
+	mu     sync.Mutex
+	byDisk map[string]*blockWork // guarded by mu
+}
+
+type (
+	// blockJobEvent is the data of BLOCK_JOB_COMPLETED, _CANCELLED and _READY.
+	blockJobEvent struct {
+		Type   blockJobKind `qmp:"type"`
+		Device string       `qmp:"device"` // the job's id
+		Len    int64        `qmp:"len"`
+		Offset int64        `qmp:"offset"`
+		Speed  int64        `qmp:"speed"`
+	}
+	blockJobCompleted struct {
+		Type   blockJobKind `qmp:"type"`
+		Device string       `qmp:"device"`
+		Len    int64        `qmp:"len"`
+		Offset int64        `qmp:"offset"`
+		Speed  int64        `qmp:"speed"`
+		Error  *string      `qmp:"error"`
+	}
+	blockJobName struct {
+		Device string `qmp:"device"`
+	}
+	blockJobCancelArguments struct {
+		Device string `qmp:"device"`
+		Force  *bool  `qmp:"force"`
+	}
+	blockJobSpeedArguments struct {
+		Device string `qmp:"device"`
+		Speed  int64  `qmp:"speed"`
+	}
+	blockJobID struct {
+		ID string `qmp:"id"`
+	}
+)
+
+func (mon *monitor) registerBlockJobs(reg *qmp.Registry) {
+	qmp.RegisterEvent[blockJobCompleted](reg, "BLOCK_JOB_COMPLETED")
+	qmp.RegisterEvent[blockJobEvent](reg, "BLOCK_JOB_CANCELLED")
+	qmp.RegisterEvent[blockJobEvent](reg, "BLOCK_JOB_READY")
+	query(reg, "query-block-jobs", mon.queryBlockJobs)
+	verb := func(name string, tell func(*qmp.Job) error) {
+		qmp.Register(reg, name, func(_ context.Context, _ *qmp.Session, a blockJobName) (e qmp.Empty, err error) {
+			w, err := mon.findBlockJob(a.Device)
+			if err != nil {
+				return e, err
+			}
+			return e, tell(w.job)
+		})
+	}
+	verb("block-job-pause", (*qmp.Job).Pause)
+	verb("block-job-resume", (*qmp.Job).Resume)
+	verb("block-job-complete", (*qmp.Job).Complete)
+	byID := func(name string, tell func(*qmp.Job) error) {
+		qmp.Register(reg, name, func(_ context.Context, s *qmp.Session, a blockJobID) (e qmp.Empty, err error) {
+			j, err := s.Server().Jobs().Find(a.ID)
+			if err != nil {
+				return e, &qmp.Error{Class: qmp.DeviceNotActive, Desc: "Block job '" + a.ID + "' not found"}
+			}
+			return e, tell(j)
+		})
+	}
+	byID("block-job-finalize", (*qmp.Job).Finalize)
+	byID("block-job-dismiss", (*qmp.Job).Dismiss)
+	qmp.Register(reg, "block-job-cancel", func(_ context.Context, _ *qmp.Session, a blockJobCancelArguments) (e qmp.Empty, err error) {
+		w, err := mon.findBlockJob(a.Device)
+		if err != nil {
+			return e, err
+		}
+		return e, w.job.Cancel(a.Force != nil && *a.Force)
+	})
+	qmp.Register(reg, "block-job-set-speed", func(_ context.Context, _ *qmp.Session, a blockJobSpeedArguments) (e qmp.Empty, err error) {
+		w, err := mon.findBlockJob(a.Device)
+		if err != nil {
+			return e, err
+		}
+		return e, w.setSpeed(a.Speed)
+	})
+}
+
+// findBlockJob finds a job by what the older commands call its device.
+func (mon *monitor) findBlockJob(id string) (*blockWork, error) {
+	mon.blockJobs.mu.Lock()
+	defer mon.blockJobs.mu.Unlock()
+	for _, w := range mon.blockJobs.byDisk {
+		if w.job != nil && w.job.ID() == id {
+			return w, nil
+		}
+	}
+	return nil, &qmp.Error{Class: qmp.DeviceNotActive, Desc: "Block job '" + id + "' not found"}
+}
+
+func (mon *monitor) queryBlockJobs() []blockJob {
+	mon.blockJobs.mu.Lock()
+	defer mon.blockJobs.mu.Unlock()
+	var all []blockJob
+	for _, d := range mon.m.Disks() {
+		w := mon.blockJobs.byDisk[d.ID]
+		if w == nil || w.job == nil {
+			continue
+		}
+		i := w.job.Info()
+		w.mu.Lock()
+		speed := w.speed
+		w.mu.Unlock()
+		all = append(all, blockJob{
+			Type: string(w.kind), Device: i.ID, Len: i.TotalProgress, Offset: i.CurrentProgress,
+			Busy: i.Status == qmp.JobRunning, Paused: i.Status == qmp.JobPaused || i.Status == qmp.JobStandby,
+			Speed: speed, IOStatus: "ok", Ready: i.Status == qmp.JobReady || i.Status == qmp.JobStandby, Status: i.Status,
+			AutoFinalize: w.autoFinalize, AutoDismiss: w.autoDismiss, Error: i.Error,
+		})
+	}
+	return all
+}
+
+// blockJobOptions are the arguments that such jobs have in common.
+type blockJobOptions struct {
+	id                        *string
+	speed                     *int64
+	autoFinalize, autoDismiss *bool
+}
+
+func orTrue(b *bool) bool { return b == nil || *b }
+
+// startBlockJob starts a job on a disk. begin puts what the job works with in
+// place, before the command is answered, and returns the work and what takes it
+// away when the work has failed or was cancelled; with error nil the work has
+// taken it away itself.
+func (mon *monitor) startBlockJob(s *qmp.Session, kind blockJobKind, d vmm.AttachedDisk, o blockJobOptions, soft bool,
+	begin func(*blockWork) (work func(context.Context) error, undo func(), err error),
+) error {
+	w := &blockWork{mon: mon, kind: kind, disk: d, autoFinalize: orTrue(o.autoFinalize), autoDismiss: orTrue(o.autoDismiss), woken: make(chan struct{}, 1)}
+	id := d.ID // QEMU's older commands need none
+	if o.id != nil {
+		id = *o.id
+	}
+	if o.speed != nil {
+		if err := w.setSpeed(*o.speed); err != nil {
+			return err
+		}
+	}
+	mon.blockJobs.mu.Lock()
+	defer mon.blockJobs.mu.Unlock()
+	if other := mon.blockJobs.byDisk[d.ID]; other != nil {
+		return qmp.Errorf("Node '%s' is busy: block device is in use by block job: %s", nodeName(d.ID, 0), other.kind)
+	}
+	if _, err := s.Server().Jobs().Find(id); err == nil {
+		return qmp.Errorf("Job ID '%s' already in use", id)
+	}
+	work, undo, err := begin(w)
+	if err != nil {
+		return err
+	}
+	free := func() {
+		mon.blockJobs.mu.Lock()
+		defer mon.blockJobs.mu.Unlock()
+		delete(mon.blockJobs.byDisk, d.ID)
+	}
+	started := make(chan struct{})
+	done := false
+	w.job, err = s.Server().Jobs().Start(id, string(kind), qmp.JobOptions{
+		ManualFinalize: !w.autoFinalize, ManualDismiss: !w.autoDismiss, SoftCancel: soft,
+		Commit: func() { free(); w.tellEnd(nil) },
+		Abort: func() {
+			<-started
+			if !done {
+				undo()
+			}
+			free()
+			w.tellEnd(w.job.Err())
+		},
+	}, func(ctx context.Context, _ *qmp.Job) error {
+		<-started
+		err := work(ctx)
+		done = err == nil
+		return err
+	})
+	if err != nil {
+		undo()
+		return err
+	}
+	mon.blockJobs.byDisk[d.ID] = w
+	close(started)
+	return nil
+}
+
+// event is the job's data now.
+func (w *blockWork) event() blockJobEvent {
+	i := w.job.Info()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return blockJobEvent{Type: w.kind, Device: i.ID, Len: i.TotalProgress, Offset: i.CurrentProgress, Speed: w.speed}
+}
+
+func (w *blockWork) tellEnd(err error) {
+	e := w.event()
+	if errors.Is(err, qmp.ErrCanceled) {
+		w.mon.emit("BLOCK_JOB_CANCELLED", e)
+		return
+	}
+	done := blockJobCompleted{Type: e.Type, Device: e.Device, Len: e.Len, Offset: e.Offset, Speed: e.Speed}
+	if err != nil {
+		text := err.Error()
+		done.Error = &text
+	}
+	w.mon.emit("BLOCK_JOB_COMPLETED", done)
+}
+
+// ready makes the job ready and waits until it is to end; complete tells how.
+func (w *blockWork) ready() (complete bool, err error) {
+	if err := w.job.Ready(); err != nil {
+		return false, err
+	}
+	w.mon.emit("BLOCK_JOB_READY", w.event())
+	return w.job.WaitComplete()
+}
+
+func (w *blockWork) setSpeed(speed int64) error {
+	if speed < 0 {
+		return qmp.Errorf("Parameter 'speed' expects a non-negative value")
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.speed, w.since, w.spent = speed, time.Now(), 0
+	select {
+	case w.woken <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// pace is called between two steps of the work: it waits while the job is paused,
+// or is faster than it may be.
+func (w *blockWork) pace(ctx context.Context) error {
+	for {
+		if err := w.job.PausePoint(); err != nil {
+			return err
+		}
+		w.mu.Lock()
+		var wait time.Duration
+		if w.speed > 0 {
+			due := float64(w.spent) / float64(w.speed) * float64(time.Second)
+			wait = time.Duration(min(due, math.MaxInt64/2)) - time.Since(w.since)
+		}
+		w.mu.Unlock()
+		if wait <= 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return qmp.ErrCanceled
+		case <-w.woken:
+		case <-time.After(min(wait, 100*time.Millisecond)):
+		}
+	}
+}
+
+// progress tells how far the work is; what was done since counts for the speed.
+func (w *blockWork) progress(done, total int64) {
+	before := w.job.Info().CurrentProgress
+	w.mu.Lock()
+	w.spent += max(0, done-before)
+	w.mu.Unlock()
+	w.job.SetProgress(done, total)
+}
