@@ -1,0 +1,261 @@
+package nbd
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// What a connection may have under way.
+const (
+	maxRequests = 64
+	maxBytes    = 2 * maxPayload // of reads and writes; one request is always possible
+	maxWorkers  = 16
+)
+
+// A request that takes no longer than a hand-over to another goroutine is done by
+// the one that reads requests.
+const (
+	quickTime   = 20 * time.Microsecond
+	quickLength = 64 << 10
+	// quickReplies is how many replies wait at most for each other to be sent
+	// together.
+	quickReplies = 16
+)
+
+// connection is a client of a Server.
+type connection struct {
+	server *Server
+	conn   net.Conn
+	stream net.Conn // conn, or TLS over it
+	in     *bufio.Reader
+
+	// What was negotiated.
+	fixed, noZeroes bool
+	encrypted       bool
+	structured      bool
+	contextsOf      string // the export that contexts were chosen for
+	contexts        []contextID
+	export          *exported
+	size            int64 // bytes, as the client was told
+
+	out     *sender
+	unsent  int           // replies that the reader has not flushed
+	work    chan *request // for workers; its capacity is maxRequests
+	workers int           // how many the reader has started
+	working atomic.Int32  // requests that workers have or will have
+	done    sync.WaitGroup
+
+	// readTime and writeTime are how long small requests took lately, in
+	// nanoseconds.
+	readTime, writeTime atomic.Int64
+
+	mu    sync.Mutex
+	ended sync.Cond  // a request has ended
+	free  []*request // guarded by mu
+	made  int        // guarded by mu: requests there are
+	bytes int64      // guarded by mu: those of requests under way
+}
+
+func newConnection(s *Server, conn net.Conn) *connection {
+	c := &connection{server: s, conn: conn}
+	c.ended.L = &c.mu
+	c.use(conn)
+	return c
+}
+
+// enter makes c a client of x.
+func (c *connection) enter(x *exported) bool {
+	if !c.server.enter(x, c) {
+		return false
+	}
+	c.export, c.size = x, x.Node.Size()
+	if c.contextsOf != x.Name {
+		c.contexts = nil
+	}
+	return true
+}
+
+// run serves the client until it leaves. Its error is nil if it left properly.
+func (c *connection) run() error {
+	err := c.negotiate()
+	if c.export != nil {
+		defer c.server.leave(c.export, c)
+	}
+	if errors.Is(err, errAborted) || errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("negotiation: %w", err)
+	}
+	var failure error
+	c.out = newSender(c.stream, func(err error) {
+		failure = err
+		c.conn.Close()
+	})
+	c.work = make(chan *request, maxRequests)
+	err = c.receive()
+	close(c.work)
+	if err != nil {
+		c.conn.Close() // so that no reply waits for a client that does not read
+	}
+	c.done.Wait()
+	c.out.flush()
+	if errors.Is(err, net.ErrClosed) { // by us: the export was removed, or a reply could not be sent
+		err = nil
+	}
+	return errors.Join(err, failure)
+}
+
+// receive takes requests until the client disconnects.
+func (c *connection) receive() error {
+	for {
+		if c.in.Buffered() < requestSize || c.unsent >= quickReplies {
+			c.flush()
+		}
+		raw, err := c.in.Peek(requestSize)
+		if err == io.EOF && len(raw) == 0 {
+			return nil // not what the protocol wants, but what clients do
+		}
+		if err != nil {
+			return err
+		}
+		h, ok := parseHeader(raw)
+		if !ok {
+			return fmt.Errorf("%w: a request begins with %x", ErrProtocol, raw[:4])
+		}
+		if h.command == cmdDisconnect {
+			return nil
+		}
+		if h.command == cmdWrite && h.length > maxPayload {
+			return fmt.Errorf("%w: a write of %d bytes; at most %d are possible", ErrProtocol, h.length, maxPayload)
+		}
+		if _, err := c.in.Discard(requestSize); err != nil {
+			return err
+		}
+		if err := c.accept(h); err != nil {
+			return err
+		}
+	}
+}
+
+// accept has a request done.
+func (c *connection) accept(h header) error {
+	r := c.begin(h)
+	r.refusal = c.check(h)
+	if h.command == cmdWrite {
+		if r.refusal != nil {
+			if _, err := c.in.Discard(int(h.length)); err != nil {
+				c.end(r)
+				return err
+			}
+		} else {
+			r.data = getBuffer(int(h.length))
+			if _, err := io.ReadFull(c.in, r.data.bytes[:h.length]); err != nil {
+				c.end(r)
+				return err
+			}
+		}
+	}
+	if r.refusal != nil || c.isQuick(h) {
+		r.do()
+		c.out.add(r)
+		c.unsent++
+		return nil
+	}
+	if int(c.working.Add(1)) > c.workers && c.workers < maxWorkers {
+		c.workers++
+		c.done.Add(1)
+		go c.doWork()
+	}
+	c.work <- r
+	return nil
+}
+
+// isQuick tells whether the request is likely to be done in quickTime.
+func (c *connection) isQuick(h header) bool {
+	if h.length > quickLength {
+		return false
+	}
+	switch {
+	case h.command == cmdRead:
+		return c.readTime.Load() < int64(quickTime)
+	case h.command == cmdWrite && h.flags&cmdFUA == 0:
+		return c.writeTime.Load() < int64(quickTime)
+	}
+	return false
+}
+
+// observe takes how long a request of at most quickLength took into account.
+func observe(average *atomic.Int64, took time.Duration) {
+	old := average.Load()
+	average.Store(old + (int64(min(took, time.Millisecond))-old)/4)
+}
+
+func (c *connection) doWork() {
+	defer c.done.Done()
+	for r := range c.work {
+		r.do()
+		c.working.Add(-1)
+		c.out.add(r)
+		c.out.flush()
+	}
+}
+
+// flush sends the replies that the reader has.
+func (c *connection) flush() {
+	if c.unsent > 0 {
+		c.unsent = 0
+		c.out.flush()
+	}
+}
+
+// begin waits until there may be one more request.
+func (c *connection) begin(h header) *request {
+	payload := int64(0)
+	switch h.command {
+	case cmdRead, cmdWrite:
+		payload = min(int64(h.length), maxPayload)
+	case cmdCache:
+		payload = cacheStep
+	}
+	c.mu.Lock()
+	for len(c.free) == 0 && c.made == maxRequests || c.bytes > 0 && c.bytes+payload > maxBytes {
+		if c.unsent > 0 { // it may be what keeps others from ending
+			c.mu.Unlock()
+			c.flush()
+			c.mu.Lock()
+			continue
+		}
+		c.ended.Wait()
+	}
+	c.bytes += payload
+	var r *request
+	if last := len(c.free) - 1; last >= 0 {
+		r, c.free = c.free[last], c.free[:last]
+	} else {
+		r = &request{client: c}
+		c.made++
+	}
+	c.mu.Unlock()
+	r.header, r.payload, r.refusal = h, payload, nil
+	return r
+}
+
+// end gives back what a request holds.
+func (c *connection) end(r *request) {
+	if r.data != nil {
+		putBuffer(r.data)
+		r.data = nil
+	}
+	c.mu.Lock()
+	c.bytes -= r.payload
+	c.free = append(c.free, r)
+	c.ended.Signal()
+	c.mu.Unlock()
+}

@@ -1,0 +1,99 @@
+package nbd
+
+import (
+	"bufio"
+	"crypto/tls"
+	"net"
+	"sync"
+)
+
+// packet is a message that a sender sends.
+type packet interface {
+	// vectors appends the message's parts to bufs.
+	vectors(bufs [][]byte) [][]byte
+	// sent tells that the parts are not needed any more, sent or not.
+	sent()
+}
+
+// sender sends packets in the order in which they were queued, as many with one
+// system call as there are. Whoever finds nobody sending does it for all, so no
+// goroutine waits for another's packet to go out.
+type sender struct {
+	conn    net.Conn
+	buffer  *bufio.Writer // for TLS, which has no vectored writes, or nil
+	failing func(error)   // called once, when sending fails
+
+	mu     sync.Mutex
+	queue  []packet // guarded by mu
+	busy   bool     // guarded by mu: someone sends
+	failed bool     // guarded by mu: nothing more is sent
+
+	// What the one who sends uses.
+	batch   []packet
+	parts   [][]byte
+	vectors net.Buffers
+}
+
+func newSender(conn net.Conn, failing func(error)) *sender {
+	s := &sender{conn: conn, failing: failing}
+	if _, ok := conn.(*tls.Conn); ok {
+		s.buffer = bufio.NewWriterSize(conn, 64<<10)
+	}
+	return s
+}
+
+// add queues a packet, for the next flush.
+func (s *sender) add(p packet) {
+	s.mu.Lock()
+	s.queue = append(s.queue, p)
+	s.mu.Unlock()
+}
+
+// flush sends what is queued, or leaves it to who is sending already.
+func (s *sender) flush() {
+	s.mu.Lock()
+	if s.busy {
+		s.mu.Unlock()
+		return
+	}
+	s.busy = true
+	for len(s.queue) > 0 {
+		s.batch, s.queue = s.queue, s.batch[:0]
+		failed := s.failed
+		s.mu.Unlock()
+		if !failed {
+			if err := s.send(); err != nil {
+				s.failing(err)
+				failed = true
+			}
+		}
+		for i, p := range s.batch {
+			p.sent()
+			s.batch[i] = nil
+		}
+		s.mu.Lock()
+		s.failed = s.failed || failed
+	}
+	s.busy = false
+	s.mu.Unlock()
+}
+
+// send sends the batch.
+func (s *sender) send() error {
+	s.parts = s.parts[:0]
+	for _, p := range s.batch {
+		s.parts = p.vectors(s.parts)
+	}
+	defer clear(s.parts)
+	if s.buffer == nil {
+		s.vectors = s.parts
+		_, err := s.vectors.WriteTo(s.conn)
+		return err
+	}
+	for _, part := range s.parts {
+		if _, err := s.buffer.Write(part); err != nil {
+			return err
+		}
+	}
+	return s.buffer.Flush()
+}
