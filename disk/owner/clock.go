@@ -1,6 +1,7 @@
 package owner
 
 import (
+	"math"
 	"sync/atomic"
 	"time"
 
@@ -16,27 +17,36 @@ import (
 // clockSlack is how far the two clocks may have come apart unnoticed.
 const clockSlack = int64(time.Millisecond)
 
-// reading is one instant by all three clocks.
+// reading is one instant by all three clocks, in ns.
 type reading struct {
-	at   time.Time // time of day and monotonic
-	boot int64     // ns
+	wall, monotonic, boot int64
 }
 
 var lastReading atomic.Pointer[reading]
 
+// start is where the monotonic clock begins here.
+var start = time.Now()
+
+func goClocks() (wall, monotonic int64) {
+	t := time.Now()
+	return t.UnixNano(), int64(t.Sub(start))
+}
+
 // now is the time by CLOCK_BOOTTIME in ns.
 func now() int64 {
 	if r := lastReading.Load(); r != nil {
-		if boot, ok := r.extrapolate(time.Now()); ok {
+		if boot, ok := r.extrapolate(goClocks()); ok {
 			return boot
 		}
 	}
 	return readClocks()
 }
 
-func (r *reading) extrapolate(t time.Time) (boot int64, ok bool) {
-	passed := int64(t.Sub(r.at)) // by the monotonic clock
-	return r.boot + passed, distance(t.UnixNano()-r.at.UnixNano(), passed) <= clockSlack
+// extrapolate tells the boot time when the other clocks say wall and monotonic,
+// unless they have come apart since the reading.
+func (r *reading) extrapolate(wall, monotonic int64) (boot int64, ok bool) {
+	passed := monotonic - r.monotonic
+	return r.boot + passed, distance(wall-r.wall, passed) <= clockSlack
 }
 
 func distance(a, b int64) int64 { return max(a-b, b-a) }
@@ -45,17 +55,17 @@ func distance(a, b int64) int64 { return max(a-b, b-a) }
 // interrupted least.
 func readClocks() int64 {
 	var best reading
-	least := time.Duration(-1)
+	least := int64(math.MaxInt64)
 	for range 5 {
-		before := time.Now()
+		wall, before := goClocks()
 		boot := bootTime()
-		if took := time.Since(before); least < 0 || took < least {
-			best, least = reading{before, boot}, took
+		if _, after := goClocks(); after-before < least {
+			best, least = reading{wall, before, boot}, after-before
 		}
 	}
 	lastReading.Store(&best)
-	boot, _ := best.extrapolate(time.Now())
-	return boot
+	_, monotonic := goClocks()
+	return best.boot + monotonic - best.monotonic
 }
 
 func bootTime() int64 {

@@ -102,8 +102,10 @@ type report struct {
 	Event string // "owned", "ended", "failed"
 	Error string
 	Epoch uint64
-	Took  time.Duration
-	Found [slots]stampOfWrite
+	Took  time.Duration // for Open
+	// Closing is how long the node took to close and so to flush.
+	Closing time.Duration
+	Found   [slots]stampOfWrite
 	// Acked are the last acknowledged writes, Tried one that failed later.
 	Acked, Tried [slots]stampOfWrite
 	Count        uint64
@@ -126,6 +128,19 @@ func (n *stuckNode) Writev(bufs [][]byte, off int64) error {
 	return n.Node.Writev(bufs, off)
 }
 
+// timedNode tells how long it took to close.
+type timedNode struct {
+	block.Node
+	closing time.Duration
+}
+
+func (n *timedNode) Close() error {
+	began := time.Now()
+	err := n.Node.Close()
+	n.closing = time.Since(began)
+	return err
+}
+
 // child owns the disk at each line of its input and writes until it is told to let go.
 func child(arguments string) {
 	var o childOptions
@@ -136,7 +151,12 @@ func child(arguments string) {
 	for in.Scan() {
 		var r report
 		began := time.Now()
-		opener := openRaw(o.Path)
+		timed := &timedNode{}
+		opener := func() (block.Node, error) {
+			n, err := openRaw(o.Path)()
+			timed.Node = n
+			return timed, err
+		}
 		if o.Stuck > 0 {
 			opener = func() (block.Node, error) {
 				n, err := openRaw(o.Path)()
@@ -168,6 +188,7 @@ func child(arguments string) {
 			r.Error = err.Error()
 		}
 		<-d.Done()
+		r.Closing = timed.closing
 		if err := d.Writev([][]byte{make([]byte, slotSize)}, 0); err != nil {
 			r.Again = err.Error()
 		}

@@ -17,6 +17,8 @@ import (
 var (
 	// ErrRefused is an owner that keeps its disk.
 	ErrRefused = errors.New("the disk's owner keeps it")
+	// ErrSilent is an owner that does not answer, or nothing that makes sense.
+	ErrSilent = errors.New("the owner does not answer")
 	// ErrNotOwned is a disk that nobody has.
 	ErrNotOwned = errors.New("nobody owns the disk")
 	// ErrLost is a request to a disk that somebody else has taken.
@@ -164,6 +166,9 @@ func tryOpen(ctx context.Context, dir directory, opener func() (block.Node, erro
 	cancel()
 	if err == nil {
 		return nil, errRaced // for the file to tell
+	}
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
 	}
 	if changed := dir.watch(ctx, &cur, 0); changed != nil {
 		return nil, changed

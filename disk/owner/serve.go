@@ -124,24 +124,27 @@ func mayAsk(c *net.UnixConn) bool {
 
 func refusal(reason string) error { return fmt.Errorf("%w: %q", ErrRefused, shorten(reason)) }
 
-// ErrSilent is an owner that does not answer, or nothing that makes sense.
-var ErrSilent = errors.New("the owner does not answer")
-
 // ask asks the owner of r to release and waits until it says that it has. Errors
 // wrap ErrSilent, ErrRefused or ctx's.
 func ask(ctx context.Context, r *Record) error {
-	silence := max(silenceFloor, r.Lease)
 	network, target, err := splitAddress(r.Address)
 	if err != nil {
 		return silent(ctx, err)
 	}
-	dialer := net.Dialer{Timeout: silence}
+	dialer := net.Dialer{Timeout: max(silenceFloor, r.Lease)}
 	c, err := dialer.DialContext(ctx, network, target)
 	if err != nil {
 		return silent(ctx, err)
 	}
 	defer c.Close()
+	return converse(ctx, c, r, network != "unix")
+}
+
+// converse does what ask is for over a connection. prove: the kernel does not tell the
+// owner who asks.
+func converse(ctx context.Context, c net.Conn, r *Record, prove bool) error {
 	defer context.AfterFunc(ctx, func() { c.Close() })()
+	silence := max(silenceFloor, r.Lease)
 	in := bufio.NewReaderSize(c, messageLimit)
 	c.SetDeadline(time.Now().Add(silence))
 	var g struct {
@@ -158,7 +161,7 @@ func ask(ctx context.Context, r *Record) error {
 	if g.Owner != q.Owner {
 		return silent(ctx, errors.New("somebody else is at its address"))
 	}
-	if network != "unix" {
+	if prove {
 		q.Proof = proof(r.token, g.Nonce, q.Owner, q.Epoch)
 	}
 	if err := writeMessage(c, q); err != nil {
