@@ -86,13 +86,18 @@ func (f *fileSystem) readDescriptors(ctx context.Context) ([]descriptor, error) 
 }
 
 func (f *fileSystem) parseDescriptor(g int64, p []byte) (descriptor, error) {
-	u16 := func(at int) uint16 { return binary.LittleEndian.Uint16(p[at:]) }
-	u32 := func(at int) uint32 { return binary.LittleEndian.Uint32(p[at:]) }
 	if f.groupChecksums() {
-		if got, want := u16(0x1e), f.descriptorChecksum(g, p); got != want {
+		if got, want := binary.LittleEndian.Uint16(p[0x1e:]), f.descriptorChecksum(g, p); got != want {
 			return descriptor{}, fmt.Errorf("checksum %#x, computed %#x", got, want)
 		}
 	}
+	return f.parseFields(p)
+}
+
+// parseFields is parseDescriptor without the checksum.
+func (f *fileSystem) parseFields(p []byte) (descriptor, error) {
+	u16 := func(at int) uint16 { return binary.LittleEndian.Uint16(p[at:]) }
+	u32 := func(at int) uint32 { return binary.LittleEndian.Uint32(p[at:]) }
 	d := descriptor{
 		free:           uint32(u16(0xc)),
 		bitmapChecksum: uint32(u16(0x18)),
