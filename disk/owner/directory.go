@@ -232,7 +232,10 @@ func (d directory) publish(r *Record, keep string) error {
 	if err := d.sweep(entries, r.Generation, keep); err != nil {
 		return err
 	}
-	return syncDirectory(d.path)
+	if r.State != Owned {
+		return nil // lost with the host's power, it leaves an owner that has ended with it
+	}
+	return syncDirectory(d.path) // no epoch is used twice
 }
 
 // swept makes an error of what somebody with a higher generation has removed errRaced.
