@@ -265,13 +265,14 @@ func (s *syncer) copy(ctx context.Context, changed iter.Seq[Range]) error {
 	for range n {
 		workers.Go(func() {
 			buf := make([]byte, chunk)
+			vector := make([][]byte, 1)
 			parts := make([]Range, 0, maxParts)
 			for ctx.Err() == nil {
 				t, ok := take(parts)
 				if !ok {
 					return
 				}
-				if err := s.do(t, buf); err != nil {
+				if err := s.do(t, buf, vector); err != nil {
 					cancel(err)
 				}
 			}
@@ -281,7 +282,8 @@ func (s *syncer) copy(ctx context.Context, changed iter.Seq[Range]) error {
 	return context.Cause(ctx)
 }
 
-func (s *syncer) do(t task, buf []byte) error {
+// do does a task with a worker's buffer and vector, which are used again.
+func (s *syncer) do(t task, buf []byte, vector [][]byte) error {
 	first, last := t.parts[0], t.parts[len(t.parts)-1]
 	if t.discard {
 		if err := s.dst.Discard(first.Start, first.End-first.Start); err != nil {
@@ -290,7 +292,8 @@ func (s *syncer) do(t task, buf []byte) error {
 		return nil
 	}
 	buf = buf[:last.End-first.Start]
-	if err := s.src.Readv([][]byte{buf}, first.Start); err != nil {
+	vector[0] = buf
+	if err := s.src.Readv(vector, first.Start); err != nil {
 		return fmt.Errorf("read %d bytes at %d: %w", len(buf), first.Start, err)
 	}
 	for _, p := range t.parts {
@@ -300,7 +303,8 @@ func (s *syncer) do(t task, buf []byte) error {
 		if zero {
 			err = s.dst.WriteZeroes(p.Start, int64(len(data)), true)
 		} else {
-			err = s.dst.Writev([][]byte{data}, p.Start)
+			vector[0] = data
+			err = s.dst.Writev(vector, p.Start)
 		}
 		if err != nil {
 			return fmt.Errorf("write %d bytes at %d: %w", len(data), p.Start, err)

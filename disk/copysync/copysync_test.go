@@ -442,3 +442,43 @@ func TestSyncIsCancelled(t *testing.T) {
 		t.Errorf("%d bytes were copied; cancelled after 8 MiB", figures.Copied)
 	}
 }
+
+// void reads and writes nothing.
+type void struct {
+	block.Node
+	size int64
+}
+
+func (v void) Size() int64 { return v.size }
+
+func (void) ReadOnly() bool { return false }
+
+func (void) Readv(bufs [][]byte, _ int64) error {
+	bufs[0][0] = 1
+	return nil
+}
+
+func (void) Writev([][]byte, int64) error { return nil }
+
+func (void) WriteZeroes(int64, int64, bool) error { return nil }
+
+func (void) Flush() error { return nil }
+
+// TestCopyingDoesNotAllocate compares syncs of few and of many ranges.
+func TestCopyingDoesNotAllocate(t *testing.T) {
+	allocations := func(ranges int) float64 {
+		var changed []Range
+		for i := range int64(ranges) {
+			changed = append(changed, Range{i * 100000, i*100000 + 5000})
+		}
+		n := void{size: int64(ranges) * 100000}
+		return testing.AllocsPerRun(3, func() {
+			if _, err := Sync(context.Background(), n, n, slices.Values(changed), Options{Used: extfs.Everything(n.size), Workers: 1}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if few, many := allocations(10), allocations(5000); many > few+2 {
+		t.Errorf("%v allocations for 10 ranges, %v for 5000", few, many)
+	}
+}

@@ -57,7 +57,10 @@ func TestUsedEqualsDumpe2fs(t *testing.T) {
 			t.Parallel()
 			path := extfstest.Make(t, v.size, strings.Fields(v.args)...)
 			compare(t, path, v.kind)
-			extfstest.Populate(t, path, 60, v.size/200, uint64(i))
+			if strings.Contains(v.args, "mmp") {
+				return // debugfs would wait for other hosts to tell that they use it
+			}
+			extfstest.Populate(t, path, 30, min(v.size/200, 400<<10), uint64(i))
 			compare(t, path, v.kind)
 		})
 	}
@@ -88,5 +91,22 @@ func compare(t *testing.T, path, kind string) {
 	}
 	if m.UsedBytes() != node.Size()-free {
 		t.Fatalf("%d bytes are used, of %d with %d free", m.UsedBytes(), node.Size(), free)
+	}
+}
+
+func TestRunDoesNotAllocate(t *testing.T) {
+	content, want := contents(t, 20*mib, "-t ext4 -b 1024 -O "+extfstest.Modern)
+	m, err := Disk(context.Background(), memory{content: content})
+	if err != nil {
+		t.Fatal(err)
+	}
+	runs := 0
+	if n := testing.AllocsPerRun(5, func() {
+		runs = 0
+		for off := int64(0); off < m.End(); runs++ {
+			_, off = m.Run(off, m.End())
+		}
+	}); n != 0 || runs < 2*len(want) {
+		t.Errorf("%v allocations for %d runs", n, runs)
 	}
 }

@@ -33,7 +33,7 @@ var journals = []struct {
 func journalled(t testing.TB, i int) string {
 	t.Helper()
 	v := journals[i]
-	path := extfstest.Make(t, 48<<20, strings.Fields(v.args)...)
+	path := extfstest.Make(t, 20<<20, append([]string{"-J", "size=4"}, strings.Fields(v.args)...)...)
 	before := read(t, path)
 	extfstest.Populate(t, path, 40, 120<<10, uint64(i))
 	after := read(t, path)

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
@@ -50,22 +51,33 @@ var tables = []struct {
 	{"gpt-backup", GPT, 512, 1, true},
 }
 
+// images are the disks, read once.
+var images = sync.OnceValues(func() (map[string][]byte, error) {
+	all := map[string][]byte{}
+	for _, table := range tables {
+		f, err := os.Open(filepath.Join("testdata", table.name+".gz"))
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		z, err := gzip.NewReader(f)
+		if err != nil {
+			return nil, err
+		}
+		if all[table.name], err = io.ReadAll(z); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+})
+
 func image(t testing.TB, name string) []byte {
 	t.Helper()
-	f, err := os.Open(filepath.Join("testdata", name+".gz"))
+	all, err := images()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	z, err := gzip.NewReader(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	content, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return content
+	return bytes.Clone(all[name])
 }
 
 // partx is what util-linux reads of a disk.
