@@ -13,10 +13,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/gnomon-vmm/gnomon/mm/dirty"
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
@@ -43,6 +46,8 @@ type Options struct {
 	// Workers is how many goroutines copy pages and hand them to the Writer. 0
 	// means one for each processor, but at most 4.
 	Workers int
+	// Protect has pages protected however few they are: see Arm.
+	Protect bool
 }
 
 // phase is how far a capture has come.
@@ -62,6 +67,8 @@ type Capture struct {
 	regions []region
 	fd      *uffd.FD
 	workers int
+	// protectAll is Options.Protect.
+	protectAll bool
 
 	// life ends with Close.
 	life context.Context
@@ -73,6 +80,7 @@ type Capture struct {
 	written *dirty.Bitmap // guarded by mu: pages written since they were protected
 	spare   *dirty.Bitmap // belongs to Arm and Rearm, of which one runs at a time
 	partial bool          // guarded by mu: only some pages are to be saved
+	early   bool          // guarded by mu: those are copied before they are saved, not protected
 	failed  error         // guarded by mu: why faults cannot be answered
 	// registered is how many regions userfaultfd watches. Guarded by mu.
 	registered int
@@ -122,7 +130,7 @@ func New(mem *guestmem.Memory, o Options) (*Capture, error) {
 		return nil, fmt.Errorf("%w: %w", ErrSetup, err)
 	}
 	c := &Capture{
-		mem: mem, fd: fd, workers: o.Workers,
+		mem: mem, fd: fd, workers: o.Workers, protectAll: o.Protect,
 		written: dirty.NewBitmapOf(mem), spare: dirty.NewBitmapOf(mem),
 		urgent: make(chan uint32, 256),
 	}
@@ -134,7 +142,11 @@ func New(mem *guestmem.Memory, o Options) (*Capture, error) {
 			host: r.Bytes(), guest: uffd.Address(r.GuestBytes()),
 		})
 	}
-	c.pages.init(total, o.SideCopies)
+	if err := c.pages.init(total, o.SideCopies); err != nil {
+		fd.Close()
+		return nil, fmt.Errorf("%w: %w", ErrSetup, err)
+	}
+	runtime.AddCleanup(c, func(side []byte) { _ = unix.Munmap(side) }, c.pages.side)
 	return c, nil
 }
 
@@ -143,8 +155,8 @@ const (
 	// faults wait for it, or for a part of it.
 	protectBytes = 32 << 20
 	// mergeGap is the most pages between two runs that are cheaper to protect
-	// once more than by another system call.
-	mergeGap = 32
+	// once more than by another system call, which stops the vCPUs for a moment.
+	mergeGap = 128
 	// armPasses and armEnough bound how often, and for how many pages, what was
 	// written while protecting is protected again before the pause.
 	armPasses = 4
@@ -156,7 +168,9 @@ const (
 // fault. Arm takes time that grows with the memory.
 //
 // With only, these are the pages that were written since the parent checkpoint,
-// collected just before; Freeze gets those written since.
+// collected just before; Freeze gets those written since. If they are few, they
+// are copied instead, and so are, by Freeze, those written since: a call to
+// protect a page costs more than to copy twenty.
 func (c *Capture) Arm(only *dirty.Bitmap) error {
 	if only != nil && !only.SameMemory(c.written) {
 		return fmt.Errorf("%w: %w", ErrArm, dirty.ErrRanges)
@@ -167,6 +181,13 @@ func (c *Capture) Arm(only *dirty.Bitmap) error {
 		return fmt.Errorf("%w: %w", ErrArm, c.misplaced())
 	}
 	c.phase, c.partial = armed, only != nil
+	if c.early = c.partial && !c.protectAll && only.Count() <= uint64(len(c.pages.unused)*3/4); c.early {
+		defer c.mu.Unlock()
+		if err := c.copyEarly(only); err != nil {
+			return fmt.Errorf("%w: %w", ErrArm, err)
+		}
+		return nil
+	}
 	c.reader.Go(c.readFaults)
 	for ; c.registered < len(c.regions); c.registered++ {
 		r := &c.regions[c.registered]
@@ -181,23 +202,82 @@ func (c *Capture) Arm(only *dirty.Bitmap) error {
 		only = dirty.NewBitmapOf(c.mem)
 		only.SetAll()
 	}
-	var err error
 	only.Runs(func(pfn, n uint64) {
 		r := c.regionOf(pfn)
 		first := r.firstIndex + pfn - r.firstPFN
 		for i := first; i < first+n; i++ {
 			c.pages.state[i].Store(pending)
 		}
-		if err == nil {
-			err = c.protect(r, pfn, n)
-		}
 	})
-	if err != nil {
+	if err := c.protectRuns(only); err != nil {
 		return fmt.Errorf("%w: %w", ErrArm, err)
 	}
 	// The longer this took, the more was written meanwhile: that must not be
 	// left to the pause.
 	return c.Rearm()
+}
+
+// copyEarly copies pages into side copies, once more if they have one.
+// Preconditions: mu is held, and there are as many slots, or reserved ones.
+func (c *Capture) copyEarly(b *dirty.Bitmap) error {
+	var err error
+	b.Runs(func(pfn, n uint64) {
+		r := c.regionOf(pfn)
+		first := r.firstIndex + pfn - r.firstPFN
+		for i := first; i < first+n && err == nil; i++ {
+			err = c.copyPage(uint32(i))
+		}
+	})
+	return err
+}
+
+// copyPage copies a page into its slot, or a new one. It asks the memfd for it: to
+// look at the mapping would fault, and make a page where there is none.
+func (c *Capture) copyPage(i uint32) error {
+	state := &c.pages.state[i]
+	s := state.Load()
+	if s&stateMask != copied {
+		n, ok := c.pages.get()
+		if !ok {
+			n = c.pages.reserved()
+		}
+		s = n<<stateBits | copied
+	}
+	state.Store(s)
+	return c.readPage(i, c.pages.slot(s>>stateBits))
+}
+
+// readPage reads a page from the memfd.
+func (c *Capture) readPage(i uint32, into []byte) error {
+	n, err := unix.Pread(c.mem.FD(), into, int64(i)*pageSize)
+	if err == nil && n != len(into) {
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil {
+		return fmt.Errorf("read page %#x: %w", i, err)
+	}
+	return nil
+}
+
+// Refresh takes in pages that were written since Arm, while the machine runs, so
+// that less is left to Freeze. It does nothing unless Arm has copied its pages. With
+// more pages than there is room for it returns false: a capture made anew does better.
+func (c *Capture) Refresh(more *dirty.Bitmap) (bool, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.phase != armed {
+		return false, fmt.Errorf("%w: %w", ErrArm, c.misplaced())
+	}
+	if !c.early {
+		return true, nil
+	}
+	if more.Count() > uint64(c.pages.room()) {
+		return false, nil
+	}
+	if err := c.copyEarly(more); err != nil {
+		return false, fmt.Errorf("%w: %w", ErrArm, err)
+	}
+	return true, nil
 }
 
 // Rearm protects again what was written since it was protected, while the
@@ -294,6 +374,13 @@ func (c *Capture) Freeze(more *dirty.Bitmap) error {
 	if c.phase != armed {
 		return fmt.Errorf("%w: %w", ErrFreeze, c.misplaced())
 	}
+	if c.early {
+		if err := c.freezeEarly(more); err != nil {
+			return fmt.Errorf("%w: %w", ErrFreeze, err)
+		}
+		c.count.frozenFor.Store(int64(time.Since(began)))
+		return nil
+	}
 	if more != nil && c.partial {
 		if err := c.written.Merge(more); err != nil {
 			return fmt.Errorf("%w: %w", ErrFreeze, err)
@@ -319,6 +406,29 @@ func (c *Capture) Freeze(more *dirty.Bitmap) error {
 	return nil
 }
 
+// freezeEarly copies what was written since it was copied. Then all is copied:
+// nobody has to wait for anything. mu is held.
+func (c *Capture) freezeEarly(more *dirty.Bitmap) error {
+	pinned := c.mem.Pinned()
+	most := len(pinned)
+	if more != nil {
+		most += int(more.Count())
+	}
+	c.pages.reserve(most)
+	if more != nil {
+		if err := c.copyEarly(more); err != nil {
+			return err
+		}
+	}
+	for _, gpa := range pinned {
+		if i, ok := c.indexOf(gpa / pageSize); ok && c.pages.keepReserved(i, c.hostPage(i)) {
+			c.count.pinned.Add(1)
+		}
+	}
+	c.phase = frozen
+	return nil
+}
+
 // keepPinned copies the pages that devices write without asking.
 func (c *Capture) keepPinned() {
 	pinned := c.mem.Pinned()
@@ -337,7 +447,7 @@ func (c *Capture) Close() error {
 	c.letGo()
 	c.saving.Lock() // Save has ended
 	defer c.saving.Unlock()
-	return c.closed
+	return errors.Join(c.closed, c.pages.release())
 }
 
 // letGo ends the capture: no page is kept any more.

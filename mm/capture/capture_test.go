@@ -316,8 +316,13 @@ func TestDiscardWhileArmed(t *testing.T) {
 }
 
 // TestIncremental: only the pages written since an earlier instant are
-// protected and saved, those written while protecting among them.
+// saved, those written while they are protected or copied among them.
 func TestIncremental(t *testing.T) {
+	t.Run("protected", func(t *testing.T) { testIncremental(t, true) })
+	t.Run("copied early", func(t *testing.T) { testIncremental(t, false) })
+}
+
+func testIncremental(t *testing.T, protect bool) {
 	m := newMachine(t, layout)
 	m.store(1000, 2000, 1)
 	if err := m.tracker.Start(); err != nil {
@@ -338,14 +343,18 @@ func TestIncremental(t *testing.T) {
 	if err := m.tracker.CollectInto(only); err != nil {
 		t.Fatal(err)
 	}
-	c := newCapture(t, m.mem, Options{})
+	c := newCapture(t, m.mem, Options{Protect: protect})
 	if err := c.Arm(only); err != nil {
 		t.Fatal(err)
 	}
 	m.store(1120, 40, 4) // 30 of them are protected
 	m.store(1<<20+2, 3, 4)
-	if s := c.Stats(); s.FaultsArming != 30 {
-		t.Errorf("%d faults, 30 protected pages were written", s.FaultsArming)
+	faults := uint64(0)
+	if protect {
+		faults = 30
+	}
+	if s := c.Stats(); s.FaultsArming != faults {
+		t.Errorf("%d faults, %d protected pages were written", s.FaultsArming, faults)
 	}
 	if err := m.tracker.CollectInto(more); err != nil {
 		t.Fatal(err)

@@ -2,8 +2,11 @@ package capture
 
 import (
 	"bytes"
+	"fmt"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 )
 
 // A page's state. From frozen on it changes so:
@@ -45,14 +48,24 @@ type pages struct {
 	highest int      // guarded by mu: the most slots of side that were in use
 }
 
-func (p *pages) init(total uint64, slots int) {
+func (p *pages) init(total uint64, slots int) (err error) {
 	p.state = make([]atomic.Uint32, total)
-	p.side = make([]byte, slots*pageSize)
+	// Not Go's memory, which would be cleared, used or not.
+	p.side, err = unix.Mmap(-1, 0, slots*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	if err != nil {
+		return fmt.Errorf("room for %d side copies: %w", slots, err)
+	}
+	_ = unix.Madvise(p.side, unix.MADV_HUGEPAGE) // fewer faults, where it is possible
 	p.unused = make([]uint32, slots)
 	for i := range p.unused {
 		p.unused[i] = uint32(slots - 1 - i)
 	}
+	return nil
 }
+
+// release gives the memory of the room back. Somebody may still be copying a page
+// there, which nobody will read.
+func (p *pages) release() error { return unix.Madvise(p.side, unix.MADV_DONTNEED) }
 
 // slot is the bytes of a slot.
 func (p *pages) slot(n uint32) []byte {
@@ -77,6 +90,13 @@ func (p *pages) get() (uint32, bool) {
 	return n, true
 }
 
+// room is how many slots of side are free.
+func (p *pages) room() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.unused)
+}
+
 // put gives a slot back.
 func (p *pages) put(n uint32) {
 	if int(n) >= len(p.side)/pageSize {
@@ -99,15 +119,26 @@ func (p *pages) reserve(n int) {
 // keepReserved keeps a page in reserved room, and tells whether it is to be
 // saved at all. Nobody else uses the states meanwhile.
 func (p *pages) keepReserved(i uint32, content []byte) bool {
-	if p.state[i].Load() != pending {
+	switch s := p.state[i].Load(); s & stateMask {
+	case pending:
+	case copied: // it has room
+		copy(p.slot(s>>stateBits), content)
+		return true
+	default:
 		return false
 	}
-	last := len(p.reuse) - 1
-	n := p.reuse[last]
-	p.reuse = p.reuse[:last]
+	n := p.reserved()
 	copy(p.slot(n), content)
 	p.state[i].Store(n<<stateBits | copied)
 	return true
+}
+
+// reserved takes a slot of extra.
+func (p *pages) reserved() uint32 {
+	last := len(p.reuse) - 1
+	n := p.reuse[last]
+	p.reuse = p.reuse[:last]
+	return n
 }
 
 // writable tells whether a page in this state may be written.

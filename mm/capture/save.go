@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/bits"
 	"sync"
 	"sync/atomic"
 
@@ -61,11 +62,17 @@ func (c *Capture) Save(ctx context.Context, w Writer, order []uint64, progress f
 }
 
 func (c *Capture) save(ctx context.Context, cancel context.CancelCauseFunc, w Writer, order []uint64, progress func(done, total uint64)) error {
-	holes, err := c.sayHoles(ctx, w)
-	if err != nil {
-		return err
+	c.mu.Lock()
+	early := c.early
+	c.mu.Unlock()
+	holes := uint64(0)
+	if !early { // then nothing is pending
+		var err error
+		if holes, err = c.sayHoles(ctx, w); err != nil {
+			return err
+		}
 	}
-	s := &sweep{Capture: c, ctx: ctx, w: w, progress: progress, done: holes}
+	s := &sweep{Capture: c, ctx: ctx, w: w, progress: progress, done: holes, settled: early}
 	s.plan(order)
 	s.total = holes + uint64(len(s.sequence))
 	s.report(0)
@@ -203,7 +210,8 @@ type sweep struct {
 	total    uint64
 
 	sequence []uint32 // the indices of all pages to save, in order
-	position []uint32 // by index: the page's place in sequence + 1; 0 if it has none
+	position []uint32 // by index: the page's place in sequence + 1; 0 if it has none; nil if settled
+	settled  bool     // all are copied: nobody wants one earlier
 	claimed  []atomic.Bool
 	next     atomic.Uint64 // the block after the last that came in its turn
 
@@ -213,21 +221,30 @@ type sweep struct {
 
 // plan lays the pages to save into blocks.
 func (s *sweep) plan(order []uint64) {
-	s.position = make([]uint32, len(s.pages.state))
-	s.sequence = make([]uint32, 0, len(s.pages.state)-int(s.done))
-	add := func(i uint32) {
-		if s.position[i] == 0 && s.pages.state[i].Load() != free {
-			s.sequence = append(s.sequence, i)
-			s.position[i] = uint32(len(s.sequence))
-		}
-	}
-	for _, pfn := range order {
-		if i, ok := s.indexOf(pfn); ok {
-			add(i)
-		}
-	}
+	left, n := make([]uint64, (len(s.pages.state)+63)/64), 0 // a bit for each page that has no place yet
 	for i := range s.pages.state {
-		add(uint32(i))
+		if s.pages.state[i].Load() != free {
+			left[i/64] |= 1 << (i % 64)
+			n++
+		}
+	}
+	s.sequence = make([]uint32, 0, n)
+	for _, pfn := range order {
+		if i, ok := s.indexOf(pfn); ok && left[i/64]&(1<<(i%64)) != 0 {
+			left[i/64] &^= 1 << (i % 64)
+			s.sequence = append(s.sequence, i)
+		}
+	}
+	for w, word := range left {
+		for ; word != 0; word &= word - 1 {
+			s.sequence = append(s.sequence, uint32(w*64+bits.TrailingZeros64(word)))
+		}
+	}
+	if !s.settled {
+		s.position = make([]uint32, len(s.pages.state))
+		for n, i := range s.sequence {
+			s.position[i] = uint32(n + 1)
+		}
 	}
 	s.claimed = make([]atomic.Bool, (len(s.sequence)+BlockPages-1)/BlockPages)
 }

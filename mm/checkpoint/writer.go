@@ -28,6 +28,8 @@ type CreateOptions struct {
 	// Parent is the path of the checkpoint that this one continues; "": none.
 	// The new file names it relative to its own directory.
 	Parent string
+	// Pages is about how many pages the file will hold, for whom they are few; 0: all.
+	Pages uint64
 }
 
 // Writer makes a checkpoint file. Its methods may be called from several
@@ -95,7 +97,11 @@ func create(path string, o CreateOptions) (*Writer, error) {
 	if err != nil {
 		return nil, err
 	}
-	if w.dup, err = newDuplicates(l.pages); err != nil {
+	expect := l.pages
+	if o.Pages > 0 {
+		expect = min(expect, o.Pages)
+	}
+	if w.dup, err = newDuplicates(expect); err != nil {
 		return nil, err
 	}
 	file, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*.partial")

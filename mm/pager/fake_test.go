@@ -40,6 +40,16 @@ func (f *fake) Memory() []guestmem.Range        { return f.ranges }
 func (f *fake) Blocks() int                     { return len(f.blocks) }
 func (f *fake) Pages(b Block) ([]uint64, error) { return f.blocks[b], f.index[b] }
 
+func (f *fake) Shared(b Block) (uint64, error) {
+	var slots uint64
+	for pfn, loc := range f.at {
+		if loc.Block == b && loc.Kind == checkpoint.Data && (loc.Slot >= len(f.blocks[b]) || f.blocks[b][loc.Slot] != pfn) {
+			slots |= 1 << loc.Slot
+		}
+	}
+	return slots, f.index[b]
+}
+
 func (f *fake) Find(pfn uint64) Location {
 	if loc, ok := f.at[pfn]; ok {
 		return loc

@@ -69,7 +69,11 @@ func (p *Pager) loadBlock(l *loader, b Block, first place, from origin) error {
 	if err != nil {
 		return fmt.Errorf("%w: block %d: %w", ErrLoad, b, err)
 	}
-	n, own := 0, uint64(0)
+	equal, err := p.src.Shared(b)
+	if err != nil {
+		return fmt.Errorf("%w: block %d: %w", ErrLoad, b, err)
+	}
+	n := 0
 	for slot, pfn := range pfns {
 		at := p.place(pfn)
 		if at.r == nil {
@@ -79,13 +83,12 @@ func (p *Pager) loadBlock(l *loader, b Block, first place, from origin) error {
 		if loc := p.src.Find(pfn); isZero(loc) || loc.Block != b || loc.Slot != slot {
 			continue
 		}
-		own |= 1 << slot
 		if at.r.change(at.i, missing, loading) {
 			l.pages[n] = slotPage{at, slot}
 			n++
 		}
 	}
-	p.shared.keep(b, own, pages)
+	p.shared.keep(b, equal, pages)
 	todo := l.pages[:n]
 	slices.SortFunc(todo, func(a, b slotPage) int { return cmp.Compare(a.pfn(), b.pfn()) })
 	wake := from != ahead

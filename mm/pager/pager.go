@@ -124,8 +124,7 @@ func New(mem *guestmem.Memory, src Source, o Options) (*Pager, error) {
 	}
 	p.queue.init(src.Blocks(), o)
 	p.wanted.L, p.arrivals.L = &p.mu, &p.mu
-	p.shared.ready, p.shared.pages = make(chan struct{}), map[slotID][]byte{}
-	p.tasks.Go(func() { p.shared.survey(p) })
+	p.shared.pages = map[slotID][]byte{}
 	mem.AddPager(p)
 	return p, nil
 }
@@ -175,6 +174,14 @@ func (p *Pager) Start() {
 	for range p.o.Workers {
 		p.tasks.Go(p.work)
 	}
+}
+
+// LoadInBackground is what Options.Background does, from now on.
+func (p *Pager) LoadInBackground() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.background = true
+	p.wanted.Broadcast()
 }
 
 // LoadAll has everything loaded, with all workers, whatever Options.Background
@@ -256,7 +263,6 @@ func (p *Pager) Close() error {
 		return nil
 	}
 	p.closed = true
-	p.shared.stop.Store(true)
 	complete := p.complete
 	p.wanted.Broadcast()
 	p.arrivals.Broadcast()

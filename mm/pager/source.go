@@ -28,6 +28,9 @@ type Source interface {
 	// made for. Whether the slot still is that page's is for Find to say. Nobody
 	// changes the result.
 	Pages(Block) ([]uint64, error)
+	// Shared has a bit for each slot of a block that more pages than the one it was
+	// made for may be equal to.
+	Shared(Block) (uint64, error)
 	// Find tells where a page is. It must be quick.
 	Find(pfn uint64) Location
 	// ReadBlock returns a block's pages, in buf if they fit; they are good as long

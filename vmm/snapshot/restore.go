@@ -98,7 +98,7 @@ type Machine struct {
 func (i *Image) Restore(cfg vmm.Config, o Options) (*Machine, error) {
 	m := &Machine{image: i}
 	ready := make(chan struct{}) // closed when m.Machine is set, or is not going to be
-	po := pager.Options{Policy: o.Policy, Background: !o.NoBackground}
+	po := pager.Options{Policy: o.Policy}
 	if o.Policy&pager.Recorded != 0 {
 		var err error
 		if po.Recorded, err = pager.LoadRecorded(pager.RecordedPath(i.path), i.reader.ID()); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -137,6 +137,11 @@ func (i *Image) Restore(cfg vmm.Config, o Options) (*Machine, error) {
 	}
 	m.Machine = machine
 	close(ready)
+	if !o.NoBackground {
+		// Not before: each page that comes into the memory of a machine whose parts
+		// are being made has KVM's calls that make them wait.
+		m.Pager.LoadInBackground()
+	}
 	return m, nil
 }
 

@@ -93,10 +93,15 @@ type Saver struct {
 	// guarded by mu.
 	loader *pager.Pager
 	last   checkpoint.ID // what the next save can continue; guarded by mu
+	// order is that of the pages when all, or many, were last saved; guarded by mu.
+	order []uint64
 	// since are pages written since the last checkpoint that an attempt at its
 	// child collected and did not save; guarded by mu.
 	since *dirty.Bitmap
 }
+
+// orderShare: a child of more than this part of the pages has them put in order anew.
+const orderShare = 8
 
 // NewSaver makes a machine's Saver; one machine has one. recipe is kept in each
 // checkpoint for whoever restores it: how to make a machine like this one.
@@ -127,8 +132,17 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	if err := s.loaded(ctx); err != nil {
 		return nil, err
 	}
-	mem := s.m.Memory()
-	w, err := checkpoint.Create(path, checkpoint.CreateOptions{Memory: ranges(mem), Parent: o.Parent})
+	mem, tracker := s.m.Memory(), s.m.Dirty()
+	var only *dirty.Bitmap
+	create := checkpoint.CreateOptions{Memory: ranges(mem), Parent: o.Parent}
+	if o.Parent != "" {
+		if err := tracker.CollectInto(s.since); err != nil {
+			return nil, err
+		}
+		only = s.since
+		create.Pages = only.Count()
+	}
+	w, err := checkpoint.Create(path, create)
 	if err != nil {
 		return nil, err
 	}
@@ -147,18 +161,12 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	}
 
 	// Ahead of the pause: what takes time that grows with the memory.
-	order, err := Order(s.m)
-	if err != nil {
-		return nil, err
-	}
-	tracker := s.m.Dirty()
-	var only *dirty.Bitmap
-	if o.Parent != "" {
-		if err := tracker.CollectInto(s.since); err != nil {
+	if only == nil || s.order == nil || only.Count() > uint64(len(s.order)/orderShare) {
+		if s.order, err = Order(s.m); err != nil {
 			return nil, err
 		}
-		only = s.since
-	} else {
+	}
+	if only == nil {
 		if err := tracker.Start(); err != nil {
 			return nil, err
 		}
@@ -170,9 +178,10 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	if err := c.Arm(only); err != nil {
 		return nil, err
 	}
-	if err := c.Rearm(); err != nil {
+	if c, err = s.settle(c, only); err != nil {
 		return nil, err
 	}
+	defer c.Close()
 	r.Prepared = time.Since(begin)
 
 	sections, resume, err := s.freeze(c, disks, o, r)
@@ -200,7 +209,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 			return nil, err
 		}
 	}
-	if err := c.Save(ctx, w, order, func(done, total uint64) {
+	if err := c.Save(ctx, w, s.order, func(done, total uint64) {
 		if o.Progress != nil {
 			o.Progress(int64(done*guestmem.PageSize), int64(total*guestmem.PageSize))
 		}
@@ -218,6 +227,34 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	s.since.Reset()
 	r.ID, r.Memory, r.Written, r.Total = w.ID(), c.Stats(), w.Stats(), time.Since(begin)
 	return r, nil
+}
+
+// settle has c take in what was written since it was armed, so that little is
+// left to the pause. The capture it returns may be another.
+func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap) (*capture.Capture, error) {
+	if only == nil {
+		return c, c.Rearm()
+	}
+	more := dirty.NewBitmapOf(s.m.Memory())
+	if err := s.m.Dirty().CollectInto(more); err != nil {
+		return c, err
+	}
+	if err := s.since.Merge(more); err != nil {
+		return c, err
+	}
+	enough, err := c.Refresh(more)
+	if err != nil {
+		return c, err
+	}
+	if enough {
+		return c, c.Rearm()
+	}
+	// The guest writes faster than pages can be copied.
+	protecting, err := capture.New(s.m.Memory(), capture.Options{Protect: true})
+	if err != nil {
+		return c, err
+	}
+	return protecting, errors.Join(c.Close(), protecting.Arm(s.since))
 }
 
 // freeze pauses the machine, takes its state and makes its memory of this
