@@ -159,8 +159,8 @@ const (
 	mergeGap = 128
 	// armPasses and armEnough bound how often, and for how many pages, what was
 	// written while protecting is protected again before the pause.
-	armPasses = 4
-	armEnough = 256
+	armPasses = 8
+	armEnough = 32
 )
 
 // Arm write-protects the guest's memory while the machine runs: all of it, or
