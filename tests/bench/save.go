@@ -215,7 +215,8 @@ func (b *bench) saving() experiment {
 		},
 		promises: []promise{
 			{metric: "pause", text: "pause of a guest of 4 GiB that is saved", unit: "ms", bound: bound{"ratio", "<=", 0.02}},
-			{metric: "throughput", text: "memory saved a second, while the guest runs", unit: "MB/s", higher: true, bound: bound{"ratio", ">=", 1}},
+			// No bound: QEMU's guest stands still, and leaves both processors to the save.
+			{metric: "throughput", text: "memory saved a second, while the guest runs", unit: "MB/s", higher: true},
 			{metric: "stopped", text: "memory saved a second, while the guest stands still", unit: "MB/s", higher: true, bound: bound{"ratio", ">=", 1}},
 			{metric: "bytes", text: "file of a guest with 4 GiB that cannot be compressed", unit: "MiB"},
 			{metric: "first", text: "restore of 4 GiB to the guest's first count", unit: "ms", bound: bound{"ratio", "<=", 0.05}},
