@@ -21,25 +21,52 @@ func (n *Node) Map(off, length int64) (block.Extent, error) {
 	switch e.kind {
 	case data:
 		out.Data, out.File, out.Offset = true, n.path, e.host
+		return n.mapFile(out)
 	case compressed:
 		out.Data, out.Compressed = true, true
 	case zero:
 		out.Zero = true
+		if e.host != 0 {
+			out.File, out.Offset = n.path, e.host
+		}
 	case unallocated:
 		return n.mapBacking(out)
 	}
 	return out, nil
 }
 
-// mapBacking is Map for what the image does not hold.
-func (n *Node) mapBacking(e block.Extent) (block.Extent, error) {
-	if n.backing == nil {
-		e.Present, e.Zero = false, true
+// mapFile tells of data that the host's file holds nothing for that it reads as
+// zero: clusters that were allocated before they are written. As QEMU, it does so
+// where there are many of them.
+func (n *Node) mapFile(e block.Extent) (block.Extent, error) {
+	m, ok := n.file.(block.Mapper)
+	if !ok {
 		return e, nil
 	}
-	left := n.backing.Size() - e.Start
-	if left <= 0 { // behind its end; QEMU too counts this as its zeroes
-		e.Zero, e.Depth = true, 1
+	n.holes.Do(func() {
+		size := n.header.ClusterSize()
+		clusters, kept := n.file.Size()/size, n.file.Info().ActualSize/size
+		n.hasHoles = clusters >= max(kept*10/9, kept+2)
+	})
+	if !n.hasHoles {
+		return e, nil
+	}
+	f, err := m.Map(e.Offset, e.Length)
+	if err != nil {
+		return block.Extent{}, fmt.Errorf("disk %s: %w", n.path, err)
+	}
+	e.Length, e.Zero = f.Length, f.Zero
+	return e, nil
+}
+
+// mapBacking is Map for what the image does not hold.
+func (n *Node) mapBacking(e block.Extent) (block.Extent, error) {
+	left := int64(0)
+	if n.backing != nil {
+		left = n.backing.Size() - e.Start
+	}
+	if left <= 0 { // nor does another
+		e.Present, e.Zero = false, true
 		return e, nil
 	}
 	m, ok := n.backing.(block.Mapper)

@@ -19,7 +19,7 @@ const (
 type extent struct {
 	kind   kind
 	length int64 // bytes
-	host   int64 // data: offset in the file of the first byte; compressed: of the cluster's stream
+	host   int64 // data: offset in the file of the first byte; zero: of the place kept for it, or 0; compressed: of the cluster's stream
 	csize  int64 // compressed: bytes that the stream has at most
 	within int64 // compressed: where in the cluster the extent begins
 	own    bool  // data, and zero with a host: the cluster belongs to nothing else, so that it can be written
@@ -62,7 +62,7 @@ func (im *image) lookupLocked(off, limit int64) (extent, error) {
 			}
 			if first {
 				e, first = next, false
-				if e.kind == data {
+				if e.kind == data || e.kind == zero && e.host != 0 {
 					e.host += within
 				}
 				e.within, e.length = within, size-within
@@ -89,7 +89,10 @@ func (im *image) lookupLocked(off, limit int64) (extent, error) {
 
 // continues tells whether the cluster next prolongs e.
 func continues(e, next extent) bool {
-	return e.kind == next.kind && e.own == next.own && e.kind != compressed && (e.kind != data || e.host+e.length == next.host)
+	if e.kind != next.kind || e.own != next.own || e.kind == compressed {
+		return false
+	}
+	return e.host == 0 && next.host == 0 || e.host != 0 && e.host+e.length == next.host
 }
 
 // decode takes the L2 entry of a cluster apart.

@@ -7,6 +7,7 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+	"sync"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
@@ -28,6 +29,9 @@ type Node struct {
 	path    string
 	size    int64      // virtual, a multiple of sector
 	backing block.Node // or nil
+
+	holes    sync.Once
+	hasHoles bool // found by holes
 }
 
 // image is an open qcow2 file: what turns offsets of the disk into places in

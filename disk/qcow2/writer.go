@@ -243,7 +243,7 @@ func (n *Node) writeSome(c *cursor, off, length int64) (int64, error) {
 	host := int64(0)
 	switch {
 	case e.kind == zero && e.own:
-		host = e.host
+		host = e.host - within
 	case within == 0 && e.kind != compressed && e.kind != data:
 		for (count+1)*size <= min(e.length, maxRun) && !w.busy[first+count] {
 			count++
