@@ -482,3 +482,33 @@ func TestCopyingDoesNotAllocate(t *testing.T) {
 		t.Errorf("%v allocations for 10 ranges, %v for 5000", few, many)
 	}
 }
+
+// TestReadsAreJoined counts the reads of ranges with small and large gaps; only
+// the ranges are written.
+func TestReadsAreJoined(t *testing.T) {
+	const size = 8 << 20
+	for _, c := range []struct {
+		name    string
+		changed []Range
+		reads   int
+		read    int64
+	}{
+		{"small gaps", []Range{{0, 4096}, {20480, 24576}, {24576, 28672}}, 1, 28672},
+		{"a large gap", []Range{{0, 4096}, {20481, 24576}}, 2, 4096 + 4095},
+		{"a long range behind a short one", []Range{{512, 4096}, {8192, 3 << 20}}, 3, 3<<20 - 512},
+		{"a gap across a chunk's end", []Range{{0, chunk - 4096}, {chunk + 4096, chunk + 8192}}, 2, chunk},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			src, dst := blank(t, size), blank(t, size)
+			if _, err := Sync(context.Background(), dst, src, slices.Values(c.changed), Options{Used: extfs.Everything(size)}); err != nil {
+				t.Fatal(err)
+			}
+			if src.reads != c.reads || src.read != c.read || src.largest > chunk {
+				t.Errorf("%d reads of %d bytes, not %d of %d", src.reads, src.read, c.reads, c.read)
+			}
+			if got, want := merged(t, dst.writes), merged(t, c.changed); !slices.Equal(got, want) {
+				t.Errorf("written: %v, not %v", got, want)
+			}
+		})
+	}
+}

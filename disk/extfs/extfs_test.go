@@ -81,6 +81,19 @@ func compare(t *testing.T, path, kind string) {
 	if between := complement(m); !slices.Equal(between, want) {
 		t.Fatalf("between what is used:\n%v\ndumpe2fs:\n%v", between, want)
 	}
+	f, err := open(&area{node: node, size: node.Size()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var supers []int64
+	for g := range f.groups {
+		if f.hasSuper(g) {
+			supers = append(supers, f.superIn(g))
+		}
+	}
+	if want := extfstest.Superblocks(t, path); !slices.Equal(supers, want) {
+		t.Fatalf("superblocks: %v, dumpe2fs: %v", supers, want)
+	}
 	var free int64
 	for _, e := range want {
 		free += e.End - e.Start

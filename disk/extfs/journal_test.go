@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -73,12 +74,14 @@ func journalled(t testing.TB, i int) string {
 	}
 	// The bitmap of an untouched block that is revoked stays as it is.
 	var untouched []int64
-	for n := int64(2); len(untouched) < 20; n++ {
+	for n := int64(2); len(untouched) < 21; n++ {
 		if !slices.Contains(changed, n) {
 			untouched = append(untouched, n)
 		}
 	}
-	write(untouched, garbage, true)
+	write(untouched[1:], garbage, true)
+	// It begins with the journal's magic number, which is not written there.
+	write(untouched[:1], garbage, false)
 	extfstest.Run(t, script+"jc\n", "debugfs", "-w", "-f", "-", path)
 	return path
 }
@@ -108,6 +111,7 @@ func TestUsedOfAJournal(t *testing.T) {
 			if s := m.FileSystems()[0].State; s != Recovered {
 				t.Errorf("the file system is %v", s)
 			}
+			content := replayedContent(t, memory{content: read(t, path)})
 			node.Close()
 			extfstest.Run(t, "jr\n", "debugfs", "-w", "-f", "-", path)
 			want := extfstest.Free(t, path)
@@ -117,7 +121,58 @@ func TestUsedOfAJournal(t *testing.T) {
 			if got := freeOf(m); !slices.Equal(got, want) {
 				t.Errorf("free:\n%v\nafter recovery:\n%v", got, want)
 			}
+			recovered := read(t, path)
+			for block, got := range content {
+				if !bytes.Equal(got, recovered[block*v.blockSize:(block+1)*v.blockSize]) {
+					t.Errorf("block %d differs after recovery", block)
+				}
+			}
 		})
+	}
+}
+
+// replayedContent is what the journal writes, but for the superblock's block, in
+// which recovery itself changes more.
+func replayedContent(t *testing.T, node memory) map[int64][]byte {
+	t.Helper()
+	f, err := open(&area{node: node, size: node.Size()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	content := map[int64][]byte{}
+	for block := range f.journal {
+		if block == f.superBlock() {
+			continue
+		}
+		content[block] = make([]byte, f.blockSize)
+		if err := f.read(content[block], block*f.blockSize); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return content
+}
+
+// TestJournalGoesRound turns the ring of a journal so that the log passes its end.
+func TestJournalGoesRound(t *testing.T) {
+	content := read(t, journalled(t, 1))
+	i := newImage(t, content)
+	want := replayedContent(t, memory{content: content})
+	file, err := i.f.openJournalFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := func(n int64) []byte { return i.content[file.block(n)*i.f.blockSize:][:i.f.blockSize] }
+	ring := file.blocks - 1
+	for _, turn := range []int64{1, ring / 2, ring - 1, ring - 2, ring - 3, ring - 45, ring - 200} {
+		for n := range ring {
+			copy(at(1+(n+turn)%ring), content[file.block(1+n)*i.f.blockSize:][:i.f.blockSize])
+		}
+		start := binary.BigEndian.Uint32(content[file.block(0)*i.f.blockSize+0x1c:])
+		binary.BigEndian.PutUint32(at(0)[0x1c:], uint32(1+(int64(start)-1+turn)%ring))
+		i.seal()
+		if got := replayedContent(t, memory{content: i.content}); !maps.EqualFunc(got, want, bytes.Equal) {
+			t.Errorf("turned by %d, the journal writes %d blocks; by 0, %d", turn, len(got), len(want))
+		}
 	}
 }
 
@@ -150,8 +205,9 @@ func TestJournalCutShort(t *testing.T) {
 		}
 		sizes = append(sizes, len(cut.journal))
 	}
-	// The last transaction revokes what the one before it writes.
-	if len(sizes) < 20 || sizes[0] != 0 || sizes[len(sizes)-1] != whole+20 || !slices.IsSorted(sizes) {
+	// The last transaction but one revokes what the one before it writes.
+	n := len(sizes)
+	if n < 20 || sizes[0] != 0 || !slices.IsSorted(sizes[:n-2]) || sizes[n-3] != whole-1+20 || sizes[n-1] != whole-1 {
 		t.Errorf("the journal writes %d blocks; cut short: %v", whole, sizes)
 	}
 }

@@ -92,8 +92,22 @@ type Extent struct{ Start, End int64 }
 var (
 	blockSizeLine = regexp.MustCompile(`(?m)^Block size:\s+(\d+)`)
 	blockCount    = regexp.MustCompile(`(?m)^Block count:\s+(\d+)`)
+	superLine     = regexp.MustCompile(`(?m)^  (?:Primary|Backup) superblock at (\d+)`)
 	clusterLine   = regexp.MustCompile(`(?m)^Cluster size:\s+(\d+)`)
 )
+
+// Superblocks are the blocks that dumpe2fs says the superblock and its backups are in.
+func Superblocks(t testing.TB, path string) (blocks []int64) {
+	t.Helper()
+	for _, found := range superLine.FindAllStringSubmatch(Run(t, "", "dumpe2fs", path), -1) {
+		n, err := strconv.ParseInt(found[1], 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		blocks = append(blocks, n)
+	}
+	return blocks
+}
 
 // Free is what dumpe2fs says is free.
 func Free(t testing.TB, path string) []Extent {
