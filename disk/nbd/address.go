@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"strings"
@@ -47,6 +48,10 @@ func Listen(address string) (net.Listener, error) {
 }
 
 func isStale(path string) bool {
+	info, err := os.Lstat(path)
+	if err != nil || info.Mode().Type() != os.ModeSocket {
+		return false
+	}
 	c, err := net.Dial("unix", path)
 	if err == nil {
 		c.Close()
@@ -90,6 +95,11 @@ func ParseURI(uri string) (address, export string, err error) {
 		}
 		if len(query) != 0 {
 			return fail("a TCP address takes no parameters")
+		}
+		if strings.Contains(u.Hostname(), ":") {
+			if _, err := netip.ParseAddr(u.Hostname()); err != nil {
+				return fail("%w", err)
+			}
 		}
 		port := u.Port()
 		if port == "" {

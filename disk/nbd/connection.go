@@ -18,14 +18,19 @@ const (
 	maxWorkers  = 16
 )
 
-// A request that takes no longer than a hand-over to another goroutine is done by
-// the one that reads requests.
+// A small request that lately took no longer than a hand-over to another goroutine
+// costs is done by the one that reads requests. Writes are handed over later:
+// those to the page cache wait for each other anyway, by the file's lock.
 const (
-	quickTime   = 20 * time.Microsecond
+	quickRead   = 20 * time.Microsecond
+	quickWrite  = 50 * time.Microsecond
 	quickLength = 64 << 10
 	// quickReplies is how many replies wait at most for each other to be sent
 	// together.
 	quickReplies = 16
+	// quickDelay is how long they wait at most where a request takes longer than
+	// was thought.
+	quickDelay = time.Millisecond
 )
 
 // connection is a client of a Server.
@@ -46,6 +51,7 @@ type connection struct {
 
 	out     *sender
 	unsent  int           // replies that the reader has not flushed
+	late    *time.Timer   // flushes them, should the reader be held up
 	work    chan *request // for workers; its capacity is maxRequests
 	workers int           // how many the reader has started
 	working atomic.Int32  // requests that workers have or will have
@@ -98,6 +104,8 @@ func (c *connection) run() error {
 		failure = err
 		c.conn.Close()
 	})
+	c.late = time.AfterFunc(time.Hour, c.out.flush)
+	defer c.late.Stop()
 	c.work = make(chan *request, maxRequests)
 	err = c.receive()
 	close(c.work)
@@ -105,7 +113,7 @@ func (c *connection) run() error {
 		c.conn.Close() // so that no reply waits for a client that does not read
 	}
 	c.done.Wait()
-	c.out.flush()
+	c.out.finish()
 	if errors.Is(err, net.ErrClosed) { // by us: the export was removed, or a reply could not be sent
 		err = nil
 	}
@@ -163,6 +171,9 @@ func (c *connection) accept(h header) error {
 		}
 	}
 	if r.refusal != nil || c.isQuick(h) {
+		if c.unsent == 1 {
+			c.late.Reset(quickDelay)
+		}
 		r.do()
 		c.out.add(r)
 		c.unsent++
@@ -177,16 +188,16 @@ func (c *connection) accept(h header) error {
 	return nil
 }
 
-// isQuick tells whether the request is likely to be done in quickTime.
+// isQuick tells whether the request is likely to be done soon.
 func (c *connection) isQuick(h header) bool {
 	if h.length > quickLength {
 		return false
 	}
 	switch {
 	case h.command == cmdRead:
-		return c.readTime.Load() < int64(quickTime)
+		return c.readTime.Load() < int64(quickRead)
 	case h.command == cmdWrite && h.flags&cmdFUA == 0:
-		return c.writeTime.Load() < int64(quickTime)
+		return c.writeTime.Load() < int64(quickWrite)
 	}
 	return false
 }
@@ -209,6 +220,9 @@ func (c *connection) doWork() {
 
 // flush sends the replies that the reader has.
 func (c *connection) flush() {
+	if c.unsent > 1 {
+		c.late.Stop()
+	}
 	if c.unsent > 0 {
 		c.unsent = 0
 		c.out.flush()

@@ -21,8 +21,8 @@ type memory struct {
 	holes    map[int64]bool // guarded by mu: granules that are holes
 	flushes  int            // guarded by mu
 	readOnly bool
-	fail     error           // what reads and writes return
-	hold     func(off int64) // called by reads
+	fail     error           // guarded by mu: what reads and writes return
+	hold     func(off int64) // guarded by mu: called by reads
 	unmapped []bool          // guarded by mu: what WriteZeroes was told
 }
 
@@ -36,6 +36,33 @@ func newMemory(size int64) *memory {
 	return m
 }
 
+// content is what the disk holds, and flushCount how often it was flushed.
+func (m *memory) content() []byte {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return bytes.Clone(m.bytes)
+}
+
+func (m *memory) flushCount() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.flushes
+}
+
+// failWith makes reads and writes fail.
+func (m *memory) failWith(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.fail = err
+}
+
+// holdWith has reads call f.
+func (m *memory) holdWith(f func(off int64)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.hold = f
+}
+
 func (m *memory) check(off, n int64) error {
 	if off < 0 || n < 0 || off+n > int64(len(m.bytes)) {
 		return fmt.Errorf("%w: %d bytes at %d", block.ErrOutOfRange, n, off)
@@ -44,10 +71,12 @@ func (m *memory) check(off, n int64) error {
 }
 
 func (m *memory) Readv(bufs [][]byte, off int64) error {
-	if m.hold != nil {
-		m.hold(off)
-	}
 	m.mu.Lock()
+	if hold := m.hold; hold != nil {
+		m.mu.Unlock()
+		hold(off)
+		m.mu.Lock()
+	}
 	defer m.mu.Unlock()
 	if err := errors.Join(m.fail, m.check(off, total(bufs))); err != nil {
 		return err
@@ -215,7 +244,7 @@ func TestReadsAndWrites(t *testing.T) {
 	if err := c.Readv([][]byte{whole}, 0); err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Equal(whole, m.bytes) {
+	if !bytes.Equal(whole, m.content()) {
 		t.Fatal("the whole is read wrong")
 	}
 	if err := c.WriteZeroes(100, 1<<20, false); err != nil {
@@ -224,14 +253,16 @@ func TestReadsAndWrites(t *testing.T) {
 	if err := c.Discard(4<<20, 1<<20); err != nil {
 		t.Fatal(err)
 	}
-	if !block.IsZero(m.bytes[100:100+1<<20]) || !block.IsZero(m.bytes[4<<20:5<<20]) {
+	if now := m.content(); !block.IsZero(now[100:100+1<<20]) || !block.IsZero(now[4<<20:5<<20]) {
 		t.Error("zeroes are not written")
 	}
+	m.mu.Lock()
 	if len(m.unmapped) != 2 || m.unmapped[0] || !m.unmapped[1] {
 		t.Errorf("unmap: %v", m.unmapped)
 	}
-	if err := c.Flush(); err != nil || m.flushes != 1 {
-		t.Errorf("flush: %v, %d", err, m.flushes)
+	m.mu.Unlock()
+	if err := c.Flush(); err != nil || m.flushCount() != 1 {
+		t.Errorf("flush: %v, %d", err, m.flushCount())
 	}
 	if err := c.Readv([][]byte{make([]byte, 2)}, m.Size()-1); !errors.Is(err, block.ErrOutOfRange) {
 		t.Errorf("a read behind the end: %v", err)

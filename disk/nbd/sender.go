@@ -24,9 +24,10 @@ type sender struct {
 	failing func(error)   // called once, when sending fails
 
 	mu     sync.Mutex
-	queue  []packet // guarded by mu
-	busy   bool     // guarded by mu: someone sends
-	failed bool     // guarded by mu: nothing more is sent
+	ended  sync.Cond // busy became false
+	queue  []packet  // guarded by mu
+	busy   bool      // guarded by mu: someone sends
+	failed bool      // guarded by mu: nothing more is sent
 
 	// What the one who sends uses.
 	batch   []packet
@@ -36,6 +37,7 @@ type sender struct {
 
 func newSender(conn net.Conn, failing func(error)) *sender {
 	s := &sender{conn: conn, failing: failing}
+	s.ended.L = &s.mu
 	if _, ok := conn.(*tls.Conn); ok {
 		s.buffer = bufio.NewWriterSize(conn, 64<<10)
 	}
@@ -75,6 +77,17 @@ func (s *sender) flush() {
 		s.failed = s.failed || failed
 	}
 	s.busy = false
+	s.ended.Broadcast()
+	s.mu.Unlock()
+}
+
+// finish sends what is queued, and waits for who is sending already.
+func (s *sender) finish() {
+	s.flush()
+	s.mu.Lock()
+	for s.busy {
+		s.ended.Wait()
+	}
 	s.mu.Unlock()
 }
 
