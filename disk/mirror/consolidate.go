@@ -26,7 +26,7 @@ type Consolidation struct {
 	overlay *qcow2.Node
 	above   *qcow2.Node // that lies on the base itself: the overlay, or one behind it
 	base    block.Node  // open to be written
-	path    string     // the overlay's
+	path    string      // the overlay's
 	filter  *Filter
 	done    bool // the overlay is gone
 }
