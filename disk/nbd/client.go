@@ -63,12 +63,14 @@ func Dial(ctx context.Context, address, export string, o ClientOptions) (*Client
 	if err != nil {
 		return nil, err
 	}
-	c, err := n.choose(export, o)
+	a, err := n.choose(export, o.Contexts)
 	if err = n.finish(err); err != nil {
 		n.conn.Close()
 		return nil, fmt.Errorf("NBD server %s, export %q: %w", address, export, err)
 	}
+	c := newClient(n, a, o)
 	c.address, c.name = address, export
+	go c.receive()
 	return c, nil
 }
 
@@ -81,7 +83,7 @@ func DialURI(ctx context.Context, uri string, o ClientOptions) (*Client, error) 
 	return Dial(ctx, address, export, o)
 }
 
-// newClient begins the transmission.
+// newClient makes a client, whose receiver is to be started.
 func newClient(n *negotiation, export agreed, o ClientOptions) *Client {
 	c := &Client{
 		conn: n.stream, in: n.in, export: export, contexts: n.contexts,
@@ -94,7 +96,6 @@ func newClient(n *negotiation, export agreed, o ClientOptions) *Client {
 		c.calls[i].init(c, i)
 		c.free <- &c.calls[i]
 	}
-	go c.receive()
 	return c
 }
 

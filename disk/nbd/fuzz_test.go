@@ -69,9 +69,11 @@ func traffic(f *testing.F) (client []byte, server [][]byte) {
 	n := negotiate(context.Background(), r)
 	err := n.greet()
 	if err == nil {
-		var c *Client
-		c, err = n.choose("x", ClientOptions{Contexts: []string{ContextDirtyBitmap + "b"}})
+		var a agreed
+		a, err = n.choose("x", []string{ContextDirtyBitmap + "b"})
 		if err == nil {
+			c := newClient(n, a, ClientOptions{})
+			go c.receive()
 			for _, use := range uses(c) {
 				use()
 			}

@@ -84,6 +84,7 @@ type player struct {
 	net.Conn
 	said     []byte
 	replies  [][]byte
+	chosen   bool          // the handshake is over
 	requests chan struct{} // one for each
 	seen     chan struct{} // the same, for who sends them
 	released chan struct{} // closed: no more come
@@ -101,7 +102,7 @@ func (p *player) Write(b []byte) (int, error) {
 
 func (p *player) Read(b []byte) (int, error) {
 	for len(p.said) == 0 {
-		if len(p.replies) == 0 {
+		if len(p.replies) == 0 || !p.chosen {
 			return 0, io.EOF
 		}
 		select {
@@ -135,14 +136,17 @@ func play(o ClientOptions, handshake []byte, replies [][]byte, f func(c *Client)
 	p := newPlayer(handshake, replies...)
 	n := negotiate(context.Background(), p)
 	err := n.greet()
-	var c *Client
+	var a agreed
 	if err == nil {
-		c, err = n.choose("x", o)
+		a, err = n.choose("x", o.Contexts)
 	}
 	if err = n.finish(err); err != nil {
 		p.Close()
 		return err
 	}
+	p.chosen = true
+	c := newClient(n, a, o)
+	go c.receive()
 	defer c.Close()
 	return f(c)
 }
@@ -245,25 +249,25 @@ func TestEndlessServers(t *testing.T) {
 			return err
 		}},
 		"information": {contexted(), new(script).reply(optGo, repInfo, 2).u16(99), func(n *negotiation) error {
-			_, err := n.choose("x", ClientOptions{})
+			_, err := n.choose("x", nil)
 			return err
 		}},
 		"errors": {entered(), new(script).chunk(0, chunkError, 6).u32(5).u16(0), func(n *negotiation) error {
-			c, err := n.choose("x", ClientOptions{})
+			a, err := n.choose("x", nil)
 			if err != nil {
 				return err
 			}
+			c := newClient(n, a, ClientOptions{})
+			c.conn.(*player).chosen = true
+			go c.receive()
 			defer c.Close()
 			return c.Flush()
 		}},
 	} {
-		handshake := s.begin.handshake
-		if handshake == nil {
-			handshake = s.begin.bytes
-		}
-		p := newPlayer(handshake, bytes.Repeat(s.again.bytes, 20<<20/len(s.again.bytes)))
-		if s.begin.handshake == nil {
-			close(p.released)
+		endless := bytes.Repeat(s.again.bytes, 20<<20/len(s.again.bytes))
+		p := newPlayer(append(s.begin.bytes, endless...))
+		if s.begin.handshake != nil {
+			p = newPlayer(s.begin.handshake, endless)
 		}
 		n := negotiate(context.Background(), p)
 		err := n.greet()

@@ -183,35 +183,32 @@ func (n *negotiation) startTLS(config *tls.Config) error {
 	return nil
 }
 
-// choose takes the export and begins the transmission.
-func (n *negotiation) choose(export string, o ClientOptions) (*Client, error) {
+// choose takes the export; the transmission can begin.
+func (n *negotiation) choose(export string, contexts []string) (agreed, error) {
 	if len(export) > maxString {
-		return nil, fmt.Errorf("%w: names are at most %d bytes", ErrExport, maxString)
+		return agreed{}, fmt.Errorf("%w: names are at most %d bytes", ErrExport, maxString)
 	}
 	if !n.fixed {
-		return n.chooseOld(export, o)
+		return n.chooseOld(export, contexts)
 	}
 	if err := n.askStructured(); err != nil {
-		return nil, err
+		return agreed{}, err
 	}
 	if n.structured {
-		if err := n.setContexts(export, append([]string{ContextAllocation}, o.Contexts...)); err != nil {
-			return nil, err
+		if err := n.setContexts(export, append([]string{ContextAllocation}, contexts...)); err != nil {
+			return agreed{}, err
 		}
 	}
-	for _, context := range o.Contexts {
+	for _, context := range contexts {
 		if _, ok := n.contexts[context]; !ok {
-			return nil, fmt.Errorf("%w: it has no metadata context %q", ErrRefused, context)
+			return agreed{}, fmt.Errorf("%w: it has no metadata context %q", ErrRefused, context)
 		}
 	}
 	a, err := n.askExport(optGo, export)
 	if refusal := (*optionError)(nil); errors.As(err, &refusal) && refusal.kind == repErrUnsupported {
-		return n.chooseOld(export, o)
+		return n.chooseOld(export, contexts)
 	}
-	if err != nil {
-		return nil, err
-	}
-	return newClient(n, a, o), nil
+	return a, err
 }
 
 func (n *negotiation) askStructured() error {
@@ -224,25 +221,21 @@ func (n *negotiation) askStructured() error {
 }
 
 // chooseOld takes the export from a server that does not know optGo.
-func (n *negotiation) chooseOld(export string, o ClientOptions) (*Client, error) {
-	if len(o.Contexts) > len(n.contexts) {
-		return nil, fmt.Errorf("%w: it has no metadata contexts", ErrRefused)
+func (n *negotiation) chooseOld(export string, contexts []string) (agreed, error) {
+	if len(contexts) > len(n.contexts) {
+		return agreed{}, fmt.Errorf("%w: it has no metadata contexts", ErrRefused)
 	}
 	if err := n.send(optExportName, []byte(export)); err != nil {
-		return nil, err
+		return agreed{}, err
 	}
 	b := make([]byte, 10, 134)
 	if !n.noZeroes {
 		b = b[:134]
 	}
 	if _, err := io.ReadFull(n.in, b); err != nil {
-		return nil, fmt.Errorf("%w: it ends the connection instead of giving the export: %w", ErrRefused, err)
+		return agreed{}, fmt.Errorf("%w: it ends the connection instead of giving the export: %w", ErrRefused, err)
 	}
-	a, err := n.agree(binary.BigEndian.Uint64(b), binary.BigEndian.Uint16(b[8:]), agreed{minimum: 1, preferred: 4096, maximum: maxPayload})
-	if err != nil {
-		return nil, err
-	}
-	return newClient(n, a, o), nil
+	return n.agree(binary.BigEndian.Uint64(b), binary.BigEndian.Uint16(b[8:]), agreed{minimum: 1, preferred: 4096, maximum: maxPayload})
 }
 
 // agree checks what a server tells of an export.

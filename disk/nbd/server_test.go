@@ -435,10 +435,12 @@ func TestOldClients(t *testing.T) {
 			t.Fatal(err)
 		}
 		n.fixed, n.noZeroes = false, noZeroes
-		c, err := n.choose("a", ClientOptions{})
+		a, err := n.choose("a", nil)
 		if err = n.finish(err); err != nil {
 			t.Fatal(err)
 		}
+		c := newClient(n, a, ClientOptions{})
+		go c.receive()
 		if c.Size() != m.Size() {
 			t.Errorf("size %d", c.Size())
 		}
