@@ -3,6 +3,7 @@ package tests
 import (
 	"context"
 	"encoding/json"
+	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -10,6 +11,9 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/gnomon-vmm/gnomon/tests/guest/probe"
 )
 
 // The commands on images agree with qemu-img's of the same name.
@@ -85,6 +89,76 @@ func TestDiskCommands(t *testing.T) {
 		}
 		if _, err := os.Lstat(at("new.img")); err == nil {
 			t.Errorf("disk %v left an image behind", tt.args)
+		}
+	}
+}
+
+// The same commands work on disks of running machines, ours and QEMU's.
+func TestDisksOfMachines(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	kernel, err := probe.Path()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const words = "blk op=randwrite bs=4k qd=4 count=200000 seed=5 order=1; blk op=randread bs=4k qd=4 count=8192 seed=5 order=1 verify=1"
+	for _, vmm := range []string{"gnomon", "QEMU"} {
+		t.Run(vmm, func(t *testing.T) {
+			dir := t.TempDir()
+			at := func(name string) string { return filepath.Join(dir, name) }
+			img, machine := at("disk.img"), at("qmp.sock")
+			qemuImg(ctx, t, "create", "-q", "-f", "raw", img, "16M")
+			var p *process
+			var serial io.Reader
+			if vmm == "gnomon" {
+				p, serial = launch(t, "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file="+img, "--qmp", "unix:"+machine)
+				p.connect(ctx, t)
+			} else {
+				p, serial = launchProgram(t, "qemu-system-x86_64", "-accel", "kvm", "-machine", "q35", "-bios", "qboot.rom", "-m", "64", "-nodefaults",
+					"-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", kernel, "-append", words, "-qmp", "unix:"+machine+",server=on,wait=off",
+					"-drive", "file="+img+",format=raw,if=none,id=disk0", "-device", "virtio-blk-pci,drive=disk0,disable-legacy=on")
+			}
+			awaitFile(ctx, t, machine)
+			command(ctx, t, "qmp", machine, "stop")
+			command(ctx, t, "backup", machine, "--to", at("backup.qcow2"))
+			qemuImg(ctx, t, "compare", "-U", "-f", "raw", img, at("backup.qcow2"))
+			command(ctx, t, "qmp", machine, "cont")
+			for _, name := range []string{"one.qcow2", "two.qcow2", "three.qcow2"} {
+				if out := command(ctx, t, "disk", "snapshot", machine, "disk0", "--to", at(name)); !strings.Contains(out, at(name)) {
+					t.Errorf("snapshot: %q", out)
+				}
+			}
+			command(ctx, t, "backup", machine, "disk0", "--to", at("top.qcow2"), "--sync", "top")
+			if out := command(ctx, t, "disk", "consolidate", machine); !strings.Contains(out, at("two.qcow2")) {
+				t.Errorf("consolidate: %q", out)
+			}
+			if out := command(ctx, t, "disk", "consolidate", machine, "--all"); !strings.Contains(out, img) {
+				t.Errorf("consolidate: %q", out)
+			}
+			verified(t, serial)
+			if status := p.status(ctx, t); status != 0 {
+				t.Errorf("status %d\n%s", status, &p.log)
+			}
+			for _, name := range []string{"backup.qcow2", "top.qcow2"} {
+				if out := qemuImg(ctx, t, "check", at(name)); !strings.Contains(out, "No errors were found") {
+					t.Errorf("%s: %s", name, out)
+				}
+			}
+		})
+	}
+}
+
+// awaitFile returns when a machine's socket is there.
+func awaitFile(ctx context.Context, t *testing.T, path string) {
+	t.Helper()
+	for {
+		if _, err := os.Stat(path); err == nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("%s: %v", path, ctx.Err())
+		case <-time.After(10 * time.Millisecond): // another process makes it
 		}
 	}
 }

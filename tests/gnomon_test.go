@@ -86,8 +86,18 @@ func launch(t *testing.T, args ...string) (p *process, rw io.ReadWriter) {
 // launchCommand is launch for a command that may be another than run.
 func launchCommand(t *testing.T, command string, args ...string) (p *process, rw io.ReadWriter) {
 	t.Helper()
-	p = &process{name: strings.NewReplacer("/", "-", "#", "-").Replace(t.Name()), stopped: make(chan struct{})}
-	p.Cmd = exec.Command(gnomon, append([]string{command, "--name", p.name}, args...)...)
+	return launchProgram(t, gnomon, append([]string{command, "--name", machineName(t)}, args...)...)
+}
+
+func machineName(t *testing.T) string {
+	return strings.NewReplacer("/", "-", "#", "-").Replace(t.Name())
+}
+
+// launchProgram is launch for another VMM.
+func launchProgram(t *testing.T, program string, args ...string) (p *process, rw io.ReadWriter) {
+	t.Helper()
+	p = &process{name: machineName(t), stopped: make(chan struct{})}
+	p.Cmd = exec.Command(program, args...)
 	p.Stderr = &p.log
 	in, err := p.StdinPipe()
 	if err != nil {

@@ -27,8 +27,9 @@ type jobInfo struct {
 }
 
 // runJob starts a job by a QMP command that takes a job-id and leaves the job
-// to be dismissed, shows its progress, and returns when it has ended. When ctx
-// ends it cancels the job and waits for that.
+// to be dismissed, shows its progress, and returns when it has ended. A job that
+// becomes ready is told to complete. When ctx ends it cancels the job and waits
+// for that.
 func runJob(ctx context.Context, c *client.Client, label, id, command string, args map[string]any) error {
 	args["job-id"] = id
 	background := context.WithoutCancel(ctx)
@@ -38,6 +39,7 @@ func runJob(ctx context.Context, c *client.Client, label, id, command string, ar
 	bar := newProgress(label)
 	defer bar.Finish()
 	cancelled := ctx.Done()
+	completing := false
 	for tick := time.NewTicker(jobPoll); ; {
 		info, err := findJob(background, c, id)
 		if err != nil {
@@ -54,6 +56,12 @@ func runJob(ctx context.Context, c *client.Client, label, id, command string, ar
 				return errors.Join(errors.New(info.Error), ctx.Err())
 			}
 			return nil
+		}
+		if info.Status == "ready" && !completing && cancelled != nil {
+			completing = true
+			if err := c.Execute(background, "job-complete", map[string]any{"id": id}, nil); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-tick.C:

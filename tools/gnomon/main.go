@@ -95,7 +95,7 @@ and gnomon qmp find it and drive it from another terminal.`,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError(flagError(err)) })
-	root.AddCommand(newRunCommand(), newCheckpointCommand(), newRestoreCommand(), newStatsCommand(), newPsCommand(), newDiskCommand(), newQMPCommand(), newHostCommand(), newVersionCommand())
+	root.AddCommand(newRunCommand(), newCheckpointCommand(), newRestoreCommand(), newStatsCommand(), newPsCommand(), newDiskCommand(), newBackupCommand(), newQMPCommand(), newHostCommand(), newVersionCommand())
 	root.SetVersionTemplate("gnomon {{.Version}}\n")
 	return root
 }
