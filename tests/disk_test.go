@@ -3,6 +3,7 @@ package tests
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -160,5 +161,58 @@ func awaitFile(ctx context.Context, t *testing.T, path string) {
 			t.Fatalf("%s: %v", path, ctx.Err())
 		case <-time.After(10 * time.Millisecond): // another process makes it
 		}
+	}
+}
+
+// A disk goes from one running machine to another, which finds what the first wrote.
+func TestDiskChangesOwner(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	kernel, err := probe.Path()
+	if err != nil {
+		t.Fatal(err)
+	}
+	img := filepath.Join(t.TempDir(), "disk.img")
+	qemuImg(ctx, t, "create", "-q", "-f", "raw", img, "8M")
+	state := func() string {
+		var o struct {
+			State string `json:"state"`
+			Epoch int    `json:"epoch"`
+			Name  string `json:"name"`
+		}
+		if err := json.Unmarshal([]byte(command(ctx, t, "disk", "owner", "--output", "json", img)), &o); err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprint(o.State, " ", o.Epoch)
+	}
+	if got := state(); got != "unowned 0" {
+		t.Errorf("at first: %s", got)
+	}
+	args := func(words string) []string {
+		return []string{"--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file=" + img + ",owner=on"}
+	}
+	first, serial := launch(t, args("blk op=seqwrite bs=64k seed=9 total=8M; wait for=ever")...)
+	first.connect(ctx, t)
+	readUntil(serial, "probe: wait")
+	if got := state(); got != "owned 1" {
+		t.Errorf("with an owner: %s", got)
+	}
+	// Another machine asks for it by being started.
+	second, serial := launchProgram(t, gnomon, append([]string{"run", "--name", "second"}, args("blk op=seqread bs=64k seed=9 total=8M verify=1")...)...)
+	verified(t, serial)
+	if status := second.status(ctx, t); status != 0 {
+		t.Errorf("status %d\n%s", status, &second.log)
+	}
+	var status struct{ Status string }
+	first.do(ctx, t, "query-status", nil, &status)
+	if status.Status != "paused" || !strings.Contains(first.log.String(), "released to another owner") {
+		t.Errorf("the first machine is %s\n%s", status.Status, &first.log)
+	}
+	if got := state(); got != "released 2" {
+		t.Errorf("at last: %s", got)
+	}
+	cmd := exec.CommandContext(ctx, gnomon, "disk", "release", img)
+	if out, err := cmd.CombinedOutput(); err == nil || strings.Count(string(out), "\n") != 1 {
+		t.Errorf("release of what nobody owns: %v, %s", err, out)
 	}
 }

@@ -26,7 +26,7 @@ own. An image whose name ends in .qcow2 is taken for qcow2, any other for raw: -
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newDiskCreateCommand(), newDiskInfoCommand(), newDiskMapCommand(), newDiskConvertCommand(), newDiskCompareCommand(), newCommitCommand(),
-		newDiskSnapshotCommand(), newDiskConsolidateCommand())
+		newDiskSnapshotCommand(), newDiskConsolidateCommand(), newDiskOwnerCommand(), newDiskReleaseCommand())
 	return cmd
 }
 

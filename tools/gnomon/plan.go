@@ -1,15 +1,19 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"strconv"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/gnomon-vmm/gnomon/disk"
+	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/disk/owner"
 	"github.com/gnomon-vmm/gnomon/internal/unixsock"
 	"github.com/gnomon-vmm/gnomon/qmp"
 	"github.com/gnomon-vmm/gnomon/vmm"
@@ -29,11 +33,14 @@ type plan struct {
 	vsock   string // path; "": no device
 	cid     uint32
 	recipe  []byte // what restores such a machine
+
+	running atomic.Pointer[vmm.Machine]
 }
 
 type diskPlan struct {
 	path    string
 	options disk.Options
+	owned   bool     // opened as its owner
 	attach  vmm.Disk // without its node
 }
 
@@ -86,7 +93,7 @@ func (p *plan) readMachine() (err error) {
 
 func (p *plan) readDisks() error {
 	for _, text := range p.flags.disks {
-		o, err := parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues")
+		o, err := parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues", "owner")
 		if err != nil {
 			return err
 		}
@@ -102,6 +109,13 @@ func (p *plan) readDisks() error {
 		if err != nil {
 			return err
 		}
+		owned, err := o.onOff("owner")
+		if err != nil {
+			return err
+		}
+		if owned && readOnly {
+			return fmt.Errorf("--disk %s: only a disk that is written has an owner: leave out owner=on or readonly=on", text)
+		}
 		queues, err := o.number("queues", 0, 1, vmm.MaxCPUs)
 		if err != nil {
 			return err
@@ -109,6 +123,7 @@ func (p *plan) readDisks() error {
 		p.disks = append(p.disks, diskPlan{
 			path:    path,
 			options: disk.Options{Format: format, ReadOnly: readOnly},
+			owned:   owned,
 			attach:  vmm.Disk{ID: o.values["id"], Serial: o.values["serial"], Queues: int(queues)},
 		})
 	}
@@ -247,7 +262,7 @@ func (o *opened) close() {
 // open opens what the plan names. What must be closed if the machine is not
 // built is added to undo; quit is what Ctrl-a x does. The serial port comes
 // last: a file that takes its output is emptied.
-func (p *plan) open(undo *opened, quit func()) (err error) {
+func (p *plan) open(ctx context.Context, undo *opened, quit func()) (err error) {
 	m := &p.machine
 	if p.flags.kernel != "" {
 		if m.Kernel, err = boot.OpenKernel(p.flags.kernel); err != nil {
@@ -262,7 +277,7 @@ func (p *plan) open(undo *opened, quit func()) (err error) {
 		if err := checkDiskFile(d.path); err != nil {
 			return err
 		}
-		node, err := disk.Open(d.path, d.options)
+		node, err := p.openDisk(ctx, d)
 		if err != nil {
 			return err
 		}
@@ -347,4 +362,24 @@ func adviseOnPath(err error) error {
 		return fmt.Errorf("%w: choose another one, or end who listens there", err)
 	}
 	return err
+}
+
+// openDisk opens a disk, as its owner if that is asked for. A machine whose disk
+// another wants stands still from then on.
+func (p *plan) openDisk(ctx context.Context, d diskPlan) (block.Node, error) {
+	open := func() (block.Node, error) { return disk.Open(d.path, d.options) }
+	if !d.owned {
+		return open()
+	}
+	return owner.Open(ctx, d.path, open, owner.Options{
+		Name: fmt.Sprintf("%s (process %d)", p.machine.Name, os.Getpid()),
+		OnRelease: func(context.Context) error {
+			m := p.running.Load()
+			if m == nil {
+				return errors.New("the machine is being started")
+			}
+			report("disk %s is released to another owner: the machine is paused; quit it, or restore it when the disk is free again", d.path)
+			return m.Pause()
+		},
+	})
 }

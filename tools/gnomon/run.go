@@ -100,7 +100,7 @@ func addRunFlags(cmd *cobra.Command, f *runFlags) {
 	flags.StringVar(&f.append, "append", "", "kernel command `line`")
 	flags.IntVar(&f.cpus, "cpus", 1, "`number` of vCPUs")
 	flags.StringVar(&f.memory, "memory", "128M", "`size` of RAM; MiB without a suffix")
-	flags.StringArrayVar(&f.disks, "disk", nil, "virtio `disk`: file=F[,format=raw|qcow2][,readonly=on][,id=ID][,serial=S][,queues=N]")
+	flags.StringArrayVar(&f.disks, "disk", nil, "virtio `disk`: file=F[,format=raw|qcow2][,readonly=on][,id=ID][,serial=S][,queues=N][,owner=on]")
 	flags.StringArrayVar(&f.nets, "net", []string{"user"}, "virtio `network`: user[,forward=tcp:8080:80][,restrict=on]|tap=NAME|none; [,mac=M]")
 	flags.StringVar(&f.vsock, "vsock", "", "virtio `socket`: cid=N,path=P; the unix socket P leads to the guest, P_PORT is what it dials")
 	flags.StringVar(&f.serial, "serial", "stdio", "serial `port`: stdio|file:P[,append=on]|unix:P|null")
@@ -141,7 +141,7 @@ func run(ctx context.Context, p *plan, build func(vmm.Config) (*built, error)) (
 	p.machine.Log = log.printf
 	var undo opened
 	defer func() { undo.close() }()
-	if err := p.open(&undo, quit); err != nil {
+	if err := p.open(ctx, &undo, quit); err != nil {
 		return err
 	}
 	// A vCPU in KVM_RUN keeps its processor slot in the Go scheduler for a
@@ -152,6 +152,7 @@ func run(ctx context.Context, p *plan, build func(vmm.Config) (*built, error)) (
 		return err
 	}
 	m := b.machine
+	p.running.Store(m)
 	undo = nil // the machine closes it all now
 	if p.machine.Kernel != nil && p.machine.Kernel.Linux() {
 		// Decompressing it left tens of MiB that nobody needs any more.
