@@ -219,10 +219,20 @@ func TestHostileServers(t *testing.T) {
 	if err := entered().chunk(chunkDone, chunkError, 6+5).u32(codeNoSpace).u16(5).text("sorry").play(read); !errors.Is(err, ErrRemote) || !strings.Contains(err.Error(), "sorry") {
 		t.Errorf("an error: %v", err)
 	}
+	err := entered().chunk(chunkDone, chunkHole, 12).u64(1000).u32(4100).chunk(chunkDone, chunkHole, 12).u64(1000).u32(4100).play(func(c *Client) error {
+		if err := read(c); err != nil {
+			t.Errorf("a read that is replied to twice: %v", err)
+		}
+		<-c.received
+		return read(c)
+	})
+	if !errors.Is(err, ErrProtocol) || !strings.Contains(err.Error(), "no request") {
+		t.Errorf("a second reply to a request: %v", err)
+	}
 	if err := entered().play(read); !errors.Is(err, ErrLost) {
 		t.Errorf("a server that ends: %v", err)
 	}
-	err := entered().chunk(0, chunkHole, 12).u64(2000).u32(3100).chunk(0, chunkHole, 12).u64(1001).u32(999).
+	err = entered().chunk(0, chunkHole, 12).u64(2000).u32(3100).chunk(0, chunkHole, 12).u64(1001).u32(999).
 		chunk(chunkDone, chunkData, 9).u64(1000).text("x").play(func(c *Client) error {
 		got := bytes.Repeat([]byte{9}, 4100)
 		if err := c.Readv([][]byte{got[:3], got[3:]}, 1000); err != nil {

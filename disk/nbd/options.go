@@ -182,8 +182,7 @@ func (c *connection) startTLS(data []byte) error {
 	if err := encrypted.Handshake(); err != nil {
 		return fmt.Errorf("TLS: %w", err)
 	}
-	c.encrypted = true
-	c.structured, c.contextsOf, c.contexts = false, "", nil
+	c.encrypted = true // nothing was agreed on before, since nothing else was answered
 	c.use(encrypted)
 	return nil
 }

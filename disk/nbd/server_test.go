@@ -124,6 +124,28 @@ func TestHolesAreTold(t *testing.T) {
 	}
 }
 
+func TestExtentsThatAreAlikeAreOne(t *testing.T) {
+	b := runsBitmap{"b", [][2]int64{{0, 512}, {512, 1024}, {1024, 1536}, {2048, 4096}}}
+	_, address := serve(t, ServerOptions{}, Export{Name: "a", Node: newMemory(1 << 20), Bitmaps: []Bitmap{b}})
+	c := use(t, address, "a", ClientOptions{Contexts: []string{ContextDirtyBitmap + "b"}})
+	for _, s := range []struct {
+		off, n int64
+		want   []StatusExtent
+	}{
+		{0, 8192, []StatusExtent{{1536, StateDirty}, {512, 0}, {2048, StateDirty}, {4096, 0}}},
+		{100, 1000, []StatusExtent{{1000, StateDirty}}},
+		{1536, 513, []StatusExtent{{512, 0}, {1, StateDirty}}},
+		{1<<20 - 1, 1, []StatusExtent{{1, 0}}},
+	} {
+		if got, err := c.Status(ContextDirtyBitmap+"b", s.off, s.n); err != nil || !slices.Equal(got, s.want) {
+			t.Errorf("%d bytes at %d: %v, %v", s.n, s.off, got, err)
+		}
+	}
+	if got, err := c.status(ContextDirtyBitmap+"b", 0, 8192, cmdReqOne); err != nil || !slices.Equal(got, []StatusExtent{{1536, StateDirty}}) {
+		t.Errorf("one extent: %v, %v", got, err)
+	}
+}
+
 func TestRequestsThatCannotBe(t *testing.T) {
 	m := newMemory(1 << 20)
 	_, address := serve(t, ServerOptions{}, Export{Name: "a", Node: m}, Export{Name: "ro", Node: m, ReadOnly: true})
