@@ -30,8 +30,10 @@ func startQEMU(t testing.TB) string {
 	if err != nil {
 		t.Skip("qemu-system-x86_64 is not installed")
 	}
-	path := filepath.Join(t.TempDir(), "qemu.sock")
-	cmd := exec.Command(binary, "-machine", "none", "-nodefaults", "-display", "none", "-qmp", "unix:"+path+",server=on,wait=off")
+	dir := t.TempDir()
+	path, own := filepath.Join(dir, "qemu.sock"), filepath.Join(dir, "own.sock")
+	cmd := exec.Command(binary, "-machine", "none", "-nodefaults", "-display", "none",
+		"-qmp", "unix:"+path+",server=on,wait=off", "-qmp", "unix:"+own+",server=on,wait=off")
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -46,7 +48,12 @@ func startQEMU(t testing.TB) string {
 		<-exited
 	})
 	for {
-		if qemuRuns(path) {
+		// A socket of our own: QEMU may wait for ever in accept when a client comes
+		// right after another has gone.
+		c, err := net.Dial("unix", own)
+		if err == nil {
+			t.Cleanup(func() { c.Close() })
+			awaitRunning(t, c)
 			return path
 		}
 		select {
@@ -57,21 +64,24 @@ func startQEMU(t testing.TB) string {
 	}
 }
 
-// qemuRuns tells that QEMU has started its machine. It answers before it has,
-// and would send whoever is connected a RESUME event.
-func qemuRuns(path string) bool {
-	c, err := net.Dial("unix", path)
-	if err != nil {
-		return false
+// awaitRunning returns when QEMU has started its machine. It answers before it
+// has, and would send whoever is connected a RESUME event.
+func awaitRunning(t testing.TB, c net.Conn) {
+	t.Helper()
+	if err := c.SetDeadline(time.Now().Add(guard)); err != nil {
+		t.Fatal(err)
 	}
-	defer c.Close()
 	fmt.Fprintln(c, `{"execute": "qmp_capabilities"}{"execute": "query-status", "id": "status"}`)
-	for lines := bufio.NewScanner(c); lines.Scan(); {
-		if strings.Contains(lines.Text(), `"id": "status"`) {
-			return strings.Contains(lines.Text(), `"running": true`)
+	lines := bufio.NewScanner(c)
+	for lines.Scan() {
+		switch text := lines.Text(); {
+		case strings.Contains(text, `"running": true`):
+			return
+		case strings.Contains(text, `"id": "status"`):
+			fmt.Fprintln(c, `{"execute": "query-status", "id": "status"}`)
 		}
 	}
-	return false
+	t.Fatalf("QEMU's machine did not start: %v", lines.Err())
 }
 
 // machine is the state that the commands of the test server are about.
