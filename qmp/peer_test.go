@@ -52,8 +52,8 @@ func startQEMU(t testing.TB) string {
 		// right after another has gone.
 		c, err := net.Dial("unix", own)
 		if err == nil {
-			t.Cleanup(func() { c.Close() })
 			awaitRunning(t, c)
+			c.Close()
 			return path
 		}
 		select {
