@@ -23,7 +23,7 @@ const (
 // those to the page cache wait for each other anyway, by the file's lock.
 const (
 	quickRead   = 20 * time.Microsecond
-	quickWrite  = 50 * time.Microsecond
+	quickWrite  = 100 * time.Microsecond
 	quickLength = 64 << 10
 	// quickReplies is how many replies wait at most for each other to be sent
 	// together.
