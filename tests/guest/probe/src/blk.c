@@ -1,5 +1,5 @@
 /* virtio-blk. */
-#include "virtio.h"
+#include "devices.h"
 
 #define SECTOR 512
 #define MAX_QD 256
@@ -8,7 +8,6 @@
 #define UNASSIGNED 0xd8000000 /* in the PCI hole, where nothing is */
 #define BEYOND 0x0000fffffffff000 /* past all memory */
 
-enum { BLK_IN = 0, BLK_OUT = 1, BLK_FLUSH = 4, BLK_GET_ID = 8, BLK_DISCARD = 11, BLK_WRITE_ZEROES = 13 };
 enum { CONFIG_CAPACITY = 0, CONFIG_SEG_MAX = 12, CONFIG_BLK_SIZE = 20, CONFIG_NUM_QUEUES = 34 };
 #define F_SEG_MAX FEATURE(2)
 #define F_RO FEATURE(5)
@@ -27,7 +26,7 @@ static u64 capacity; /* bytes */
 static struct header *headers;
 static u8 *statuses;
 
-static bool blk_open(const struct work *w, u16 segments)
+bool blk_open(const struct work *w, u16 segments)
 {
 	u64 wanted = F_SEG_MAX | F_RO | F_BLK_SIZE | F_FLUSH | F_MQ | F_DISCARD | F_WRITE_ZEROES;
 	if (number(w, "indirect", 0))
@@ -55,8 +54,8 @@ static bool blk_open(const struct work *w, u16 segments)
 	return true;
 }
 
-/* submit queues one request with bytes of data cut into so many segments. */
-static void submit(u16 id, u32 type, u64 offset, void *data, u64 bytes, int segments)
+/* blk_submit queues one request with bytes of data cut into so many segments. */
+void blk_submit(u16 id, u32 type, u64 offset, void *data, u64 bytes, int segments)
 {
 	struct segment s[MAX_SEGMENTS + 2];
 	int n = 0;
@@ -75,11 +74,28 @@ static void submit(u16 id, u32 type, u64 offset, void *data, u64 bytes, int segm
 	queue_push(&q, id, s, n);
 }
 
+u64 blk_capacity(void) { return capacity; }
+
+u16 blk_depth(void) { return q.ids < MAX_QD ? q.ids : MAX_QD; }
+
+void blk_kick(void) { queue_kick(&q); }
+
+int blk_done(u8 *status)
+{
+	u32 len;
+	int id = queue_pop(&q, &len);
+	if (id >= 0)
+		*status = statuses[id];
+	return id;
+}
+
+void blk_close(void) { virtio_reset(&dev); /* nothing in flight when its memory goes */ }
+
 /* one runs a single request and returns its status, or -1 when it never ends. */
 static int one(u32 type, u64 offset, void *data, u64 bytes)
 {
 	u32 len;
-	submit(0, type, offset, data, bytes, 1);
+	blk_submit(0, type, offset, data, bytes, 1);
 	queue_kick(&q);
 	return queue_wait(&q, &len, PATIENCE_MS) == 0 ? statuses[0] : -1;
 }
@@ -187,7 +203,7 @@ static void transfer(const struct work *w, const char *op)
 			offsets[id] = off + block * bs;
 			if (write && pattern)
 				pattern_fill((u64 *)(buffers + id * bs), bs, seed, offsets[id]);
-			submit(id, write ? BLK_OUT : BLK_IN, offsets[id], buffers + id * bs, bs, segments);
+			blk_submit(id, write ? BLK_OUT : BLK_IN, offsets[id], buffers + id * bs, bs, segments);
 			submitted++;
 			kick = true;
 		}
@@ -230,7 +246,7 @@ static void blk_evil(const struct work *w, const char *kind)
 	if (q.packed || q.indirect)
 		return fail("blk", "parameters");
 	q.hold = true; /* a device may look before it is told to */
-	submit(0, BLK_IN, 0, data, PAGE, 1); /* three descriptors */
+	blk_submit(0, BLK_IN, 0, data, PAGE, 1); /* three descriptors */
 	u16 index = q.next;
 	u64 nowhere = number(w, "addr", UNASSIGNED);
 	if (same(word(w, "addr", ""), "self"))
@@ -322,7 +338,7 @@ void work_blk(const struct work *w)
 			transfer(w, op);
 		else
 			fail("blk", "op");
-		virtio_reset(&dev); /* nothing in flight when its memory goes */
+		blk_close();
 	}
 	dma_release(mark);
 }

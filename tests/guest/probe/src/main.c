@@ -35,6 +35,7 @@ static const struct {
 	{"out", work_out}, {"mmio", work_mmio}, {"cpuid", work_cpuid},
 	{"tick", work_tick}, {"time", work_time}, {"spin", work_spin}, {"wait", work_wait},
 	{"fault", work_fault}, {"blk", work_blk}, {"rng", work_rng}, {"net", work_net},
+	{"mix", work_mix},
 };
 
 static void run(const struct work *w)

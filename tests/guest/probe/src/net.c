@@ -2,11 +2,10 @@
  * virtio-net, with frames of an ethertype for local experiments so that
  * nobody else on the wire answers them.
  */
-#include "virtio.h"
+#include "devices.h"
 
 #define F_MAC FEATURE(5)
 #define F_STATUS FEATURE(16)
-#define FRAME_MAX 1514
 #define ETHERTYPE 0x88b5
 #define NET_HEADER 12
 #define SLOT 2048
@@ -15,13 +14,14 @@ static struct virtio dev;
 static struct queue rx, tx;
 static u8 *rx_buffers, *tx_buffers;
 static u8 mac[6];
+static int held; /* the buffer that net_received gave last, or -1 */
 
 static void post(u16 id)
 {
 	queue_push(&rx, id, &(struct segment){(u64)rx_buffers + id * SLOT, SLOT, true}, 1);
 }
 
-static bool net_open(const struct work *w, u64 qd)
+bool net_open(const struct work *w, u64 qd)
 {
 	if (!virtio_find(&dev, VIRTIO_NET, number(w, "dev", 0)))
 		return fail("net", "no-device"), false;
@@ -41,6 +41,7 @@ static bool net_open(const struct work *w, u64 qd)
 	for (int i = 0; i < 6; i++)
 		mac[i] = dev.features & F_MAC ? mmio_read8(dev.config + i) : 2;
 	__builtin_memset(tx_buffers, 0, qd * SLOT);
+	held = -1;
 	for (u16 i = 0; i < qd; i++)
 		post(i);
 	queue_kick(&rx);
@@ -66,6 +67,60 @@ static void send(u16 id, u64 length)
 	queue_push(&tx, id, &(struct segment){(u64)tx_buffers + id * SLOT, NET_HEADER + length, false}, 1);
 }
 
+u8 *net_frame(u16 id) { return frame_of(tx_buffers, id); }
+
+/* address has a frame go to everybody. */
+static void address(u8 *frame)
+{
+	__builtin_memset(frame, 0xff, 6);
+	__builtin_memcpy(frame + 6, mac, 6);
+	frame[12] = ETHERTYPE >> 8;
+	frame[13] = ETHERTYPE & 0xff;
+}
+
+void net_send(u16 id, u64 length)
+{
+	address(net_frame(id));
+	send(id, length);
+}
+
+int net_sent(void)
+{
+	u32 len;
+	return queue_pop(&tx, &len);
+}
+
+/* ours tells whether a received frame of len bytes, header included, has the ethertype. */
+static bool ours(const u8 *frame, u32 len)
+{
+	return len >= NET_HEADER + FRAME_BODY && len <= NET_HEADER + FRAME_MAX &&
+		frame[12] == ETHERTYPE >> 8 && frame[13] == (ETHERTYPE & 0xff);
+}
+
+const u8 *net_received(u64 *length)
+{
+	u32 len;
+	int id;
+	if (held >= 0)
+		post(held);
+	while ((id = held = queue_pop(&rx, &len)) >= 0) {
+		if (ours(frame_of(rx_buffers, id), len)) {
+			*length = len - NET_HEADER;
+			return frame_of(rx_buffers, id);
+		}
+		post(id);
+	}
+	return NULL;
+}
+
+void net_kick(void)
+{
+	queue_kick(&tx);
+	queue_kick(&rx);
+}
+
+void net_close(void) { virtio_reset(&dev); }
+
 /* blast sends count broadcast frames of bs bytes, numbered from 0 at offset 14. */
 static void blast(const struct work *w, u64 qd)
 {
@@ -89,12 +144,9 @@ static void blast(const struct work *w, u64 qd)
 					continue;
 			} else
 				break;
-			u8 *f = frame_of(tx_buffers, id);
-			__builtin_memset(f, 0xff, 6);
-			__builtin_memcpy(f + 6, mac, 6);
-			f[12] = ETHERTYPE >> 8;
-			f[13] = ETHERTYPE & 0xff;
-			__builtin_memcpy(f + 14, &sent, 8);
+			u8 *f = net_frame(id);
+			address(f);
+			__builtin_memcpy(f + FRAME_BODY, &sent, 8);
 			send(id, length);
 			sent++;
 			kick = true;
@@ -128,7 +180,7 @@ static void echo(const struct work *w, u64 qd)
 		while (free && echoed < count && (id = queue_pop(&rx, &len)) >= 0) {
 			const u8 *in = frame_of(rx_buffers, id);
 			u64 length = len - NET_HEADER;
-			if (len >= NET_HEADER + 14 && length <= FRAME_MAX && in[12] == ETHERTYPE >> 8 && in[13] == (ETHERTYPE & 0xff)) {
+			if (ours(in, len)) {
 				u16 to = ids[--free];
 				u8 *out = frame_of(tx_buffers, to);
 				__builtin_memcpy(out, in + 6, 6);
@@ -165,7 +217,7 @@ void work_net(const struct work *w)
 			echo(w, qd);
 		else
 			fail("net", "op");
-		virtio_reset(&dev);
+		net_close();
 	}
 	dma_release(mark);
 }

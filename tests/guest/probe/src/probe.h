@@ -131,5 +131,6 @@ void work_fault(const struct work *w);
 void work_blk(const struct work *w);
 void work_rng(const struct work *w);
 void work_net(const struct work *w);
+void work_mix(const struct work *w);
 
 #endif
