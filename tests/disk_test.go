@@ -68,6 +68,23 @@ func TestDiskCommands(t *testing.T) {
 		}
 	}
 
+	// Over NBD, to QEMU's tools and to ourselves.
+	serve, serving := launchProgram(t, gnomon, "disk", "serve", at("b.qcow2"), "--read-only", "--listen", "unix:"+at("nbd.sock"))
+	readUntil(serving, "served at")
+	uri := "nbd+unix:///?socket=" + at("nbd.sock")
+	qemuImg(ctx, t, "compare", uri, at("b.qcow2"))
+	command(ctx, t, "disk", "convert", uri, at("d.qcow2"))
+	if out := command(ctx, t, "disk", "compare", at("b.qcow2"), uri); out != "Images are identical.\n" {
+		t.Errorf("compare: %q", out)
+	}
+	qemuImg(ctx, t, "compare", at("b.qcow2"), at("d.qcow2"))
+	if err := serve.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if status := serve.status(ctx, t); status != 0 {
+		t.Errorf("serve: status %d\n%s", status, &serve.log)
+	}
+
 	for _, tt := range []struct {
 		args   []string
 		status int

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/convert"
+	"github.com/gnomon-vmm/gnomon/disk/nbd"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 )
 
@@ -21,12 +23,13 @@ func newDiskCommand() *cobra.Command {
 		Use:   "disk COMMAND",
 		Short: "Make, look into, convert and compare disk images",
 		Long: `Make, look into, convert and compare disk images. Where qemu-img has the same command, options and output are its
-own. An image whose name ends in .qcow2 is taken for qcow2, any other for raw: -f says otherwise.`,
+own. An image whose name ends in .qcow2 is taken for qcow2, any other for raw: -f says otherwise. What is only read may
+also be an NBD server's, nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newDiskCreateCommand(), newDiskInfoCommand(), newDiskMapCommand(), newDiskConvertCommand(), newDiskCompareCommand(), newCommitCommand(),
-		newDiskSnapshotCommand(), newDiskConsolidateCommand(), newDiskOwnerCommand(), newDiskReleaseCommand())
+		newDiskSnapshotCommand(), newDiskConsolidateCommand(), newDiskOwnerCommand(), newDiskReleaseCommand(), newDiskServeCommand())
 	return cmd
 }
 
@@ -35,6 +38,15 @@ func addFormatFlag(cmd *cobra.Command, long, short, usage string) *string {
 	format := cmd.Flags().StringP(long, short, "", usage)
 	completeFlag(cmd, long, disk.FormatRaw, disk.FormatQcow2)
 	return format
+}
+
+// openImage opens an image that is only read: a file, or an NBD server's by its
+// URI.
+func openImage(ctx context.Context, name, format string) (block.Node, error) {
+	if strings.HasPrefix(name, "nbd://") || strings.HasPrefix(name, "nbd+") {
+		return nbd.DialURI(ctx, name, nbd.ClientOptions{ReadOnly: true})
+	}
+	return disk.Open(name, disk.Options{Format: format, ReadOnly: true})
 }
 
 // formatOf is the format that a name says where no flag does.
@@ -148,7 +160,7 @@ func newDiskInfoCommand() *cobra.Command {
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
-		n, err := disk.Open(args[0], disk.Options{Format: *format, ReadOnly: true})
+		n, err := openImage(cmd.Context(), args[0], *format)
 		if err != nil {
 			return err
 		}
@@ -230,7 +242,7 @@ func newDiskMapCommand() *cobra.Command {
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
-		n, err := disk.Open(args[0], disk.Options{Format: *format, ReadOnly: true})
+		n, err := openImage(cmd.Context(), args[0], *format)
 		if err != nil {
 			return err
 		}
@@ -284,7 +296,7 @@ fails. What reads as zero takes no space.`,
 	format := addFormatFlag(cmd, "format", "f", "`format` of the source: raw|qcow2 (default: what the name says)")
 	target := addFormatFlag(cmd, "target-format", "O", "`format` of the target: raw|qcow2 (default: what the name says)")
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
-		src, err := disk.Open(args[0], disk.Options{Format: *format, ReadOnly: true})
+		src, err := openImage(cmd.Context(), args[0], *format)
 		if err != nil {
 			return err
 		}
@@ -331,7 +343,7 @@ behind the other's end counts as the same if it is zero, unless -s.`,
 		var nodes [2]block.Node
 		for i, format := range []string{*first, *second} {
 			var err error
-			if nodes[i], err = disk.Open(args[i], disk.Options{Format: format, ReadOnly: true}); err != nil {
+			if nodes[i], err = openImage(cmd.Context(), args[i], format); err != nil {
 				return &exitStatus{statusUsage, err}
 			}
 			defer nodes[i].Close()
