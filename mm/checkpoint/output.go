@@ -90,7 +90,12 @@ func (o *output) write() {
 	_, err := file.WriteAt(full, int64(at))
 	// On its way to the disk while the rest is compressed, so that Commit, which
 	// waits for all of it, need not begin there. If that cannot be, nothing is lost.
-	_ = unix.SyncFileRange(int(file.Fd()), int64(at), int64(len(full)), unix.SYNC_FILE_RANGE_WRITE)
+	// Abort may close the file meanwhile.
+	if conn, cerr := file.SyscallConn(); cerr == nil {
+		_ = conn.Control(func(fd uintptr) {
+			_ = unix.SyncFileRange(int(fd), int64(at), int64(len(full)), unix.SYNC_FILE_RANGE_WRITE)
+		})
+	}
 	o.mu.Lock()
 	o.writing--
 	o.writes++
