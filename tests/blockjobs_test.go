@@ -3,6 +3,7 @@ package tests
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -122,6 +123,29 @@ func TestBlockJobs(t *testing.T) {
 			if file() != at("moved.qcow2") {
 				t.Fatalf("the disk is %s", file())
 			}
+			// What changed since a backup, and only that, goes into an overlay of it.
+			p.do(ctx, t, "stop", nil, nil)
+			p.do(ctx, t, "block-dirty-bitmap-add", map[string]any{"node": "disk0", "name": "changes"}, nil)
+			p.do(ctx, t, "drive-backup", map[string]any{"job-id": "zero", "device": "disk0", "target": at("inc0.qcow2"), "format": "qcow2", "sync": "full"}, nil)
+			j.completed(ctx, t, "zero")
+			p.do(ctx, t, "cont", nil, nil)
+			for i := 1; i <= 3; i++ {
+				name, base := fmt.Sprintf("inc%d.qcow2", i), fmt.Sprintf("inc%d.qcow2", i-1)
+				qemuImg(ctx, t, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", at(name))
+				p.do(ctx, t, "stop", nil, nil)
+				p.do(ctx, t, "drive-backup", map[string]any{
+					"job-id": name, "device": "disk0", "target": at(name), "format": "qcow2", "sync": "incremental", "bitmap": "changes", "mode": "existing",
+				}, nil)
+				j.completed(ctx, t, name)
+				p.do(ctx, t, "drive-backup", map[string]any{"job-id": "whole", "device": "disk0", "target": at("whole.qcow2"), "format": "qcow2", "sync": "full"}, nil)
+				j.completed(ctx, t, "whole")
+				p.do(ctx, t, "cont", nil, nil)
+				qemuImg(ctx, t, "compare", at(name), at("whole.qcow2"))
+				if err := os.Remove(at("whole.qcow2")); err != nil {
+					t.Fatal(err)
+				}
+			}
+
 			// A mirror that is cancelled when it is ready is a copy.
 			p.do(ctx, t, "drive-mirror", map[string]any{"job-id": "copy", "device": "disk0", "target": at("copy.img"), "format": "raw", "sync": "full"}, nil)
 			j.await(ctx, t, "copy", "BLOCK_JOB_READY")

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/gnomon-vmm/gnomon/disk/bitmap"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
 
@@ -26,6 +27,9 @@ type Options struct {
 	// Top: only what the disk's own image holds. The target reads the rest from the
 	// same backing file. The disk must be a block.Mapper.
 	Top bool
+	// Only, where not nil, is what is copied at most: what changed since an earlier
+	// copy, which the target holds.
+	Only *bitmap.Bitmap
 	// Pause, where not nil, is called between two steps of Copy; it may wait, and end
 	// the copy with an error.
 	Pause func() error
@@ -128,10 +132,8 @@ func (f *Filter) sweep(first int64) (int64, error) {
 		for run < first+n && !f.isCopied(run) {
 			run++
 		}
-		if run > c {
-			if err := f.copyRun(c, run-c); err != nil {
-				return 0, err
-			}
+		if err := f.copyNeeded(c, run); err != nil {
+			return 0, err
 		}
 		for c = run; c < first+n && f.isCopied(c); c++ {
 		}
@@ -139,9 +141,30 @@ func (f *Filter) sweep(first int64) (int64, error) {
 	return n, nil
 }
 
+// copyNeeded copies the clusters from first to end, whose locks are held: where not
+// all may be needed, those that are.
+func (f *Filter) copyNeeded(first, end int64) error {
+	if f.o.Only == nil && !f.o.Top {
+		if first == end {
+			return nil
+		}
+		return f.copyRun(first, end-first)
+	}
+	for c := first; c < end; c++ {
+		if err := f.copyOne(c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // needless tells that nothing need be copied from off to end: the disk knows that
 // it reads as the target does without.
 func (f *Filter) needless(off, end int64) bool {
+	if f.o.Only != nil {
+		start, n := f.o.Only.Next(off)
+		return n == 0 || start >= end
+	}
 	m, ok := f.Node.(block.Mapper)
 	for ok && off < end {
 		e, err := m.Map(off, end-off)
@@ -165,7 +188,7 @@ func (f *Filter) copyRun(first, n int64) error {
 	if err := f.Node.Readv([][]byte{data}, off); err != nil {
 		return err
 	}
-	if f.o.Top || !block.IsZero(data) {
+	if f.o.Top || f.o.Only != nil || !block.IsZero(data) {
 		if err := f.target.Writev([][]byte{data}, off); err != nil {
 			return err
 		}
@@ -179,7 +202,7 @@ func (f *Filter) copyRun(first, n int64) error {
 
 // copyOne copies a cluster, whose lock is held, if that is needed.
 func (f *Filter) copyOne(c int64) error {
-	if f.o.Top && f.needless(c*clusterSize, min((c+1)*clusterSize, f.Size())) {
+	if (f.o.Top || f.o.Only != nil) && f.needless(c*clusterSize, min((c+1)*clusterSize, f.Size())) {
 		f.mark(c)
 		return nil
 	}

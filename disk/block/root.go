@@ -21,6 +21,31 @@ type Root struct {
 	// must be none.
 	requests sync.RWMutex
 	current  atomic.Pointer[holder]
+	// recorders hear of what is written; nil: there are none.
+	recorders atomic.Pointer[[]Recorder]
+}
+
+// Recorder hears of each part of a disk that is about to change. It must not wait.
+type Recorder interface {
+	Record(off, n int64)
+}
+
+// SetRecorders has requests from now on recorded by these. Between two requests:
+// see Drained.
+func (r *Root) SetRecorders(all []Recorder) {
+	if len(all) == 0 {
+		r.recorders.Store(nil)
+		return
+	}
+	r.recorders.Store(&all)
+}
+
+func (r *Root) record(off, n int64) {
+	if all := r.recorders.Load(); all != nil {
+		for _, x := range *all {
+			x.Record(off, n)
+		}
+	}
 }
 
 type holder struct{ Node }
@@ -61,6 +86,13 @@ func (r *Root) Readv(bufs [][]byte, off int64) error {
 func (r *Root) Writev(bufs [][]byte, off int64) error {
 	r.requests.RLock()
 	defer r.requests.RUnlock()
+	if r.recorders.Load() != nil {
+		var n int64
+		for _, b := range bufs {
+			n += int64(len(b))
+		}
+		r.record(off, n)
+	}
 	return r.Current().Writev(bufs, off)
 }
 
@@ -75,6 +107,7 @@ func (r *Root) Flush() error {
 func (r *Root) Discard(off, n int64) error {
 	r.requests.RLock()
 	defer r.requests.RUnlock()
+	r.record(off, n)
 	return r.Current().Discard(off, n)
 }
 
@@ -82,6 +115,7 @@ func (r *Root) Discard(off, n int64) error {
 func (r *Root) WriteZeroes(off, n int64, unmap bool) error {
 	r.requests.RLock()
 	defer r.requests.RUnlock()
+	r.record(off, n)
 	return r.Current().WriteZeroes(off, n, unmap)
 }
 

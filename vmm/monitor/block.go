@@ -38,6 +38,7 @@ type (
 		IOPSRead         int64        `qmp:"iops_rd"`
 		IOPSWrite        int64        `qmp:"iops_wr"`
 		Image            imageInfo    `qmp:"image"`
+		DirtyBitmaps     []dirtyInfo  `qmp:"dirty-bitmaps,omitempty"`
 		Cache            cacheInfo    `qmp:"cache"`
 		WriteThreshold   int64        `qmp:"write_threshold"`
 	}
@@ -155,6 +156,7 @@ func (mon *monitor) registerBlock(reg *qmp.Registry) {
 		for _, d := range mon.m.Disks() {
 			path, ok := devicePath(d.ID), deviceIOStatus("ok")
 			node := nodeInfo(d, d.Node.Info(), 0, true)
+			node.DirtyBitmaps = mon.bitmaps.info(d.ID)
 			all = append(all, blockInfo{Device: d.ID, Qdev: &path, Type: "unknown", Inserted: &node, IOStatus: &ok})
 		}
 		return all
@@ -170,7 +172,11 @@ func (mon *monitor) queryNodes(_ context.Context, _ *qmp.Session, a namedNodesAr
 	for _, d := range mon.m.Disks() {
 		info := d.Node.Info()
 		for depth, i := 0, &info; i != nil; depth, i = depth+1, i.Backing {
-			all = append(all, nodeInfo(d, *i, depth, !flat))
+			node := nodeInfo(d, *i, depth, !flat)
+			if depth == 0 {
+				node.DirtyBitmaps = mon.bitmaps.info(d.ID)
+			}
+			all = append(all, node)
 		}
 	}
 	return all, nil

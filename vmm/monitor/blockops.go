@@ -27,14 +27,18 @@ const (
 	modeExisting      newImageMode = "existing"
 	modeAbsolutePaths newImageMode = "absolute-paths"
 
-	syncFull syncMode = "full"
-	syncTop  syncMode = "top"
+	syncFull        syncMode = "full"
+	syncTop         syncMode = "top"
+	syncIncremental syncMode = "incremental"
 )
 
 func (newImageMode) Values() []string {
 	return []string{string(modeExisting), string(modeAbsolutePaths)}
 }
-func (syncMode) Values() []string { return []string{string(syncFull), string(syncTop)} }
+
+func (syncMode) Values() []string {
+	return []string{string(syncFull), string(syncTop), string(syncIncremental)}
+}
 
 type (
 	snapshotSyncArguments struct {
@@ -67,9 +71,19 @@ type (
 		AutoFinalize *bool         `qmp:"auto-finalize"`
 		AutoDismiss  *bool         `qmp:"auto-dismiss"`
 	}
-	// driveBackupArguments are the same.
-	driveBackupArguments driveMirrorArguments
-	resizeArguments      struct {
+	driveBackupArguments struct {
+		JobID        *string       `qmp:"job-id"`
+		Device       string        `qmp:"device"`
+		Target       string        `qmp:"target"`
+		Format       *string       `qmp:"format"`
+		Sync         syncMode      `qmp:"sync"`
+		Bitmap       *string       `qmp:"bitmap"`
+		Mode         *newImageMode `qmp:"mode"`
+		Speed        *int64        `qmp:"speed"`
+		AutoFinalize *bool         `qmp:"auto-finalize"`
+		AutoDismiss  *bool         `qmp:"auto-dismiss"`
+	}
+	resizeArguments struct {
 		Device   *string `qmp:"device"`
 		NodeName *string `qmp:"node-name"`
 		Size     int64   `qmp:"size"`
@@ -270,8 +284,8 @@ func (mon *monitor) driveMirror(_ context.Context, s *qmp.Session, a driveMirror
 	if err != nil {
 		return e, err
 	}
-	if a.Sync == syncTop {
-		return e, qmp.Errorf("sync 'top' is not possible for a mirror here")
+	if a.Sync != syncFull {
+		return e, qmp.Errorf("sync '%s' is not possible for a mirror here", a.Sync)
 	}
 	o := blockJobOptions{id: a.JobID, speed: a.Speed, autoFinalize: a.AutoFinalize, autoDismiss: a.AutoDismiss}
 	return e, mon.startBlockJob(s, jobMirror, d, o, true, func(w *blockWork) (func(context.Context) error, func(), error) {
@@ -341,6 +355,9 @@ func (mon *monitor) driveBackup(_ context.Context, s *qmp.Session, a driveBackup
 	if err != nil {
 		return e, err
 	}
+	if (a.Bitmap != nil) != (a.Sync == syncIncremental) {
+		return e, qmp.Errorf("sync 'incremental' and a bitmap go together")
+	}
 	o := blockJobOptions{id: a.JobID, speed: a.Speed, autoFinalize: a.AutoFinalize, autoDismiss: a.AutoDismiss}
 	return e, mon.startBlockJob(s, jobBackup, d, o, false, func(w *blockWork) (func(context.Context) error, func(), error) {
 		target, created, err := newTarget(d, a.Target, a.Format, a.Mode, a.Sync)
@@ -349,13 +366,25 @@ func (mon *monitor) driveBackup(_ context.Context, s *qmp.Session, a driveBackup
 		}
 		var ctx context.Context
 		var f *backup.Filter
+		giveBack := func(bool) {}
+		mon.bitmaps.mu.Lock() // before the disk's requests, as everywhere
 		d.Root.Drained(func(current block.Node) block.Node {
-			if f, err = backup.New(current, target, backup.Options{Top: a.Sync == syncTop, Pause: func() error { return w.pace(ctx) }}); err != nil {
+			o := backup.Options{Top: a.Sync == syncTop, Pause: func() error { return w.pace(ctx) }}
+			if a.Bitmap != nil {
+				var back func(bool)
+				if o.Only, back, err = mon.bitmaps.takeLocked(d, *a.Bitmap); err != nil {
+					return current
+				}
+				giveBack = back
+			}
+			if f, err = backup.New(current, target, o); err != nil {
 				return current
 			}
 			return f
 		})
+		mon.bitmaps.mu.Unlock()
 		abandon := func() {
+			giveBack(false)
 			target.Close()
 			if created {
 				os.Remove(a.Target)
@@ -378,6 +407,7 @@ func (mon *monitor) driveBackup(_ context.Context, s *qmp.Session, a driveBackup
 				return err
 			}
 			d.Root.Swap(f.Node)
+			giveBack(true)
 			return target.Close()
 		}, undo, nil
 	})
@@ -394,13 +424,18 @@ func (mon *monitor) resize(_ context.Context, _ *qmp.Session, a resizeArguments)
 	}
 	return e, mon.unlessBusy(d, func() error {
 		var err error
+		mon.bitmaps.mu.Lock()
+		defer mon.bitmaps.mu.Unlock()
 		d.Root.Drained(func(current block.Node) block.Node {
 			r, ok := current.(block.Resizer)
 			if !ok {
 				err = qmp.Errorf("a disk of format %s cannot be resized", strings.ToLower(current.Info().Format))
 				return current
 			}
-			err = r.Resize((a.Size + 511) / 512 * 512)
+			size := (a.Size + 511) / 512 * 512
+			if err = r.Resize(size); err == nil {
+				err = mon.bitmaps.resizedLocked(d, size)
+			}
 			return current
 		})
 		if err == nil {

@@ -36,6 +36,7 @@ type monitor struct {
 
 	checkpoints checkpoints
 	blockJobs   blockJobs
+	bitmaps     dirtyBitmaps
 
 	mu   sync.Mutex
 	dump dumpState // guarded by mu
@@ -54,7 +55,7 @@ func WithPager(p *pager.Pager) Option { return func(m *monitor) { m.checkpoints.
 // tcp:HOST:PORT) until the server is closed, which must come before the
 // machine's Close.
 func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server, error) {
-	mon := &monitor{m: m, dump: dumpState{Status: dumpNone}, blockJobs: blockJobs{byDisk: map[string]*blockWork{}}}
+	mon := &monitor{m: m, dump: dumpState{Status: dumpNone}, blockJobs: blockJobs{byDisk: map[string]*blockWork{}}, bitmaps: dirtyBitmaps{byDisk: map[string][]*dirtyBitmap{}}}
 	for _, o := range options {
 		o(mon)
 	}
@@ -66,6 +67,7 @@ func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server,
 	mon.registerBlock(reg)
 	mon.registerBlockJobs(reg)
 	mon.registerBlockOperations(reg)
+	mon.registerBitmaps(reg)
 	mon.registerDevices(reg)
 	mon.registerStats(reg)
 	mon.registerMemory(reg)
