@@ -27,16 +27,16 @@ type chain struct {
 	tables   *cache // slices of L2 tables, by their offset in the file
 	clusters *cache // decompressed clusters, by the offset of their stream
 	opened   []fs.FileInfo
-	openFile func(path string) (block.Node, fs.FileInfo, error)
+	openFile func(path string, readOnly bool) (block.Node, fs.FileInfo, error)
 }
 
 func newChain() *chain {
 	return &chain{tables: newCache(tableCacheBytes), clusters: newCache(clusterCacheBytes), openFile: openFile}
 }
 
-// openFile opens an image's file to be read, and locks it.
-func openFile(path string) (block.Node, fs.FileInfo, error) {
-	file, err := raw.Open(path, true)
+// openFile opens an image's file, and locks it.
+func openFile(path string, readOnly bool) (block.Node, fs.FileInfo, error) {
+	file, err := raw.Open(path, readOnly)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -50,11 +50,11 @@ func openFile(path string) (block.Node, fs.FileInfo, error) {
 
 // open opens the file at path as the next image of the chain, and refuses one
 // that it already has.
-func (c *chain) open(path string) (block.Node, error) {
+func (c *chain) open(path string, readOnly bool) (block.Node, error) {
 	if len(c.opened) == maxChain {
 		return nil, fmt.Errorf("%w: %s: more than %d images lie one on another", ErrBacking, path, maxChain)
 	}
-	file, info, err := c.openFile(path)
+	file, info, err := c.openFile(path, readOnly)
 	if err != nil {
 		return nil, err
 	}
@@ -88,7 +88,7 @@ func (c *chain) openBacking(path string, h *Header) (block.Node, error) {
 	default:
 		return nil, fmt.Errorf("%w: %s has the format %q: raw and qcow2 can be read", ErrBacking, name, h.BackingFormat)
 	}
-	file, err := c.open(name)
+	file, err := c.open(name, true)
 	switch {
 	case errors.Is(err, ErrBacking):
 		return nil, err
@@ -118,16 +118,19 @@ func backingPath(image, name string) (string, error) {
 	return dir + name, nil
 }
 
-// openFileWritable opens an image's file to be written, and locks it.
-func openFileWritable(path string) (block.Node, fs.FileInfo, error) {
-	file, err := raw.Open(path, false)
-	if err != nil {
-		return nil, nil, err
+// openDataFile opens the file that has the data of the image at path. As that of a
+// backing file, its name is relative to the image's directory.
+func (c *chain) openDataFile(path string, h *Header) (block.Node, error) {
+	if h.DataFile == "" {
+		return nil, fmt.Errorf("%w: disk %s does not name its data file", ErrHeader, path)
 	}
-	info, err := os.Stat(path)
+	name, err := backingPath(path, h.DataFile)
 	if err != nil {
-		file.Close()
-		return nil, nil, err
+		return nil, err
 	}
-	return file, info, nil
+	file, err := c.open(name, true)
+	if err != nil {
+		return nil, fmt.Errorf("%w of %s: data file: %w", ErrBacking, path, err)
+	}
+	return file, nil
 }

@@ -60,3 +60,14 @@ func (c *cache) put(k key, data []byte) {
 		c.used -= int64(len(old.data))
 	}
 }
+
+// drop forgets the piece at k.
+func (c *cache) drop(k key) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e := c.entries[k]; e != nil {
+		old := c.recent.Remove(e).(*piece)
+		delete(c.entries, k)
+		c.used -= int64(len(old.data))
+	}
+}

@@ -1,16 +1,13 @@
 package qcow2
 
 import (
-	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
-	"github.com/gnomon-vmm/gnomon/disk/raw"
 )
 
 // CreateOptions describe a new image.
@@ -21,6 +18,13 @@ type CreateOptions struct {
 	// shall name it: relative to its directory, or absolute. "": none.
 	Backing       string
 	BackingFormat string // "raw" or "qcow2"
+
+	Version      int         // 2 or 3; 0: 3
+	Compression  Compression // of clusters that are written compressed; version 2 has Zlib
+	RefcountBits int         // a power of two up to 64; 0: 16, which version 2 has
+	// LazyRefcounts lets QEMU leave counts behind until the image is closed. This
+	// package does not.
+	LazyRefcounts bool
 }
 
 // Create makes an image at path, which must not exist. It is there whole or not
@@ -53,17 +57,38 @@ func Create(path string, o CreateOptions) (err error) {
 	return os.Link(f.Name(), path)
 }
 
-// encode makes an empty image: header, reference count table, one block of
-// counts, L1 table.
-func (o *CreateOptions) encode() ([]byte, error) {
+// header is the header of an image that is to be made, of which only places are
+// missing.
+func (o *CreateOptions) header() (*Header, error) {
 	size := o.ClusterSize
 	if size == 0 {
 		size = 64 << 10
 	}
-	h := &Header{Version: 3, Size: o.Size, RefcountOrder: 4}
+	h := &Header{Version: uint32(o.Version), Size: o.Size, RefcountOrder: 4, Compression: o.Compression, BackingFile: o.Backing, BackingFormat: o.BackingFormat}
+	if h.Version == 0 {
+		h.Version = 3
+	}
 	for h.ClusterBits = minClusterBits; h.ClusterBits < maxClusterBits && h.ClusterSize() != size; h.ClusterBits++ {
 	}
+	if o.RefcountBits != 0 {
+		for h.RefcountOrder = 0; h.RefcountOrder < maxRefcountLog && 1<<h.RefcountOrder != o.RefcountBits; h.RefcountOrder++ {
+		}
+	}
+	if o.LazyRefcounts {
+		h.Compatible = 1
+	}
+	if h.Compression != Zlib {
+		h.Incompatible = FeatureCompression
+	}
 	switch {
+	case h.Version != 2 && h.Version != 3:
+		return nil, fmt.Errorf("%w: version %d: 2 and 3 are possible", ErrHeader, h.Version)
+	case h.Compression > Zstd:
+		return nil, fmt.Errorf("%w: compression type %d", ErrHeader, h.Compression)
+	case o.RefcountBits != 0 && 1<<h.RefcountOrder != o.RefcountBits:
+		return nil, fmt.Errorf("%w: reference counts of %d bits: powers of two up to 64 are possible", ErrHeader, o.RefcountBits)
+	case h.Version == 2 && (h.Compression != Zlib || h.RefcountOrder != 4 || o.LazyRefcounts):
+		return nil, fmt.Errorf("%w: version 2 has zlib, reference counts of 16 bits, and none that are lazy", ErrHeader)
 	case h.ClusterSize() != size:
 		return nil, fmt.Errorf("%w: clusters of %d bytes: powers of two from 512 to 2097152 are possible", ErrHeader, size)
 	case o.Size <= 0 || o.Size%sector != 0:
@@ -75,40 +100,36 @@ func (o *CreateOptions) encode() ([]byte, error) {
 	case h.l1Needed()*entrySize > maxL1Bytes:
 		return nil, fmt.Errorf("%w: virtual size %d needs larger clusters", ErrHeader, o.Size)
 	}
+	h.L1Entries = uint32(h.l1Needed())
+	return h, nil
+}
+
+// encode makes an empty image: header, reference count table, blocks of counts, L1
+// table.
+func (o *CreateOptions) encode() ([]byte, error) {
+	h, err := o.header()
+	if err != nil {
+		return nil, err
+	}
+	size := h.ClusterSize()
 	l1 := (h.l1Needed()*entrySize + size - 1) / size
-	clusters := 3 + l1
-	if clusters > size/2 {
-		return nil, fmt.Errorf("%w: virtual size %d needs larger clusters", ErrHeader, o.Size)
+	perBlock := size * 8 >> h.RefcountOrder
+	blocks, table := int64(1), int64(1)
+	for blocks*perBlock < 1+table+blocks+l1 || table*size < blocks*entrySize {
+		blocks = (1 + table + blocks + l1 + perBlock - 1) / perBlock
+		table = (blocks*entrySize + size - 1) / size
 	}
+	clusters := 1 + table + blocks + l1
+	h.RefcountOffset, h.RefcountTables = size, uint32(table)
+	h.L1Offset = (1 + table + blocks) * size
 	b := make([]byte, clusters*size)
-	be := binary.BigEndian
-	copy(b, Magic)
-	be.PutUint32(b[4:], 3)
-	be.PutUint32(b[20:], h.ClusterBits)
-	be.PutUint64(b[24:], uint64(o.Size))
-	be.PutUint32(b[36:], uint32(h.l1Needed()))
-	be.PutUint64(b[40:], uint64(3*size))
-	be.PutUint64(b[48:], uint64(size))
-	be.PutUint32(b[56:], 1)
-	be.PutUint64(b[80:], 1) // compatible: lazy reference counts
-	be.PutUint32(b[96:], h.RefcountOrder)
-	be.PutUint32(b[100:], headerLenV3)
-	at := headerLenV3
-	if o.Backing != "" {
-		be.PutUint32(b[at:], extBackingFormat)
-		be.PutUint32(b[at+4:], uint32(len(o.BackingFormat)))
-		copy(b[at+8:], o.BackingFormat)
-		at += 8 + (len(o.BackingFormat)+7)&^7
+	copy(b, h.encode())
+	for i := range blocks {
+		binary.BigEndian.PutUint64(b[size+i*entrySize:], uint64((1+table+i)*size))
 	}
-	at += 8 // extEnd
-	if o.Backing != "" {
-		be.PutUint64(b[8:], uint64(at))
-		be.PutUint32(b[16:], uint32(len(o.Backing)))
-		copy(b[at:], o.Backing)
-	}
-	be.PutUint64(b[size:], uint64(2*size))
+	counts := b[(1+table)*size : h.L1Offset]
 	for i := range clusters {
-		be.PutUint16(b[2*size+i*2:], 1)
+		setCount(counts[i/perBlock*size:], h.RefcountOrder, i%perBlock, 1)
 	}
 	return b, nil
 }
@@ -133,64 +154,4 @@ func OpenOver(path string, backing block.Node) (*Node, error) {
 		n.backing = backing
 	}
 	return n, err
-}
-
-// Commit writes what the image at path holds itself to its backing file. The
-// image stays as it is; it can then be removed, or go on being used. progress,
-// where not nil, is told how many bytes of the disk are done.
-func Commit(ctx context.Context, path string, progress func(done, total int64)) (err error) {
-	c := newChain()
-	file, err := c.open(path)
-	if err != nil {
-		return err
-	}
-	n := &Node{path: path, image: image{file: file, id: len(c.opened), tables: c.tables, clusters: c.clusters}}
-	defer func() { err = errors.Join(err, file.Close()) }()
-	if err := n.init(); err != nil {
-		return fmt.Errorf("disk %s: %w", path, err)
-	}
-	if n.header.BackingFile == "" {
-		return fmt.Errorf("disk %s: %w: it lies on none", path, ErrBacking)
-	}
-	name, err := backingPath(path, n.header.BackingFile)
-	if err != nil {
-		return err
-	}
-	var base block.Node
-	if n.header.BackingFormat == "qcow2" {
-		base, err = Open(name, false)
-	} else {
-		base, err = raw.Open(name, false)
-	}
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, base.Close()) }()
-	if base.Size() < n.size {
-		return fmt.Errorf("disk %s: %w: %s is smaller", path, ErrBacking, name)
-	}
-	buf := make([]byte, max(maxRun, n.header.ClusterSize()))
-	for off := int64(0); off < n.size; {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		e, err := n.lookup(off, min(int64(len(buf)), n.size-off))
-		switch {
-		case err != nil:
-		case e.kind == zero:
-			err = base.WriteZeroes(off, e.length, true)
-		case e.kind != unallocated:
-			if err = n.readExtent(&cursor{bufs: [][]byte{buf[:e.length]}}, e, off); err == nil {
-				err = base.Writev([][]byte{buf[:e.length]}, off)
-			}
-		}
-		if err != nil {
-			return fmt.Errorf("commit disk %s: at %d: %w", path, off, err)
-		}
-		off += e.length
-		if progress != nil {
-			progress(off, n.size)
-		}
-	}
-	return base.Flush()
 }

@@ -65,7 +65,7 @@ func FuzzOpen(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		c := newChain()
-		c.openFile = func(string) (block.Node, fs.FileInfo, error) { return memory{b: b}, info, nil }
+		c.openFile = func(string, bool) (block.Node, fs.FileInfo, error) { return memory{b: b}, info, nil }
 		n, err := c.openImage(memory{b: b}, "image")
 		if err != nil {
 			if !errors.Is(err, ErrHeader) && !errors.Is(err, ErrUnsupported) && !errors.Is(err, ErrBacking) && !errors.Is(err, ErrCorrupt) {

@@ -13,6 +13,7 @@ const Magic = "QFI\xfb"
 // Limits of what is accepted, all of them QEMU's.
 const (
 	minClusterBits = 9  // 512 B
+	subclusters    = 32 // of a cluster
 	maxClusterBits = 21 // 2 MiB
 	maxL1Bytes     = 32 << 20
 	maxRefcountLog = 6 // 64-bit counts
@@ -32,6 +33,13 @@ const (
 	FeatureExtendedL2  = 1 << 4 // clusters have subclusters
 )
 
+// Autoclear features: who does not know one clears it when it writes the image
+// (specification, "autoclear_features").
+const (
+	AutoclearBitmaps = 1 << 0 // the bitmaps tell of all writes
+	AutoclearRawData = 1 << 1 // the data file is a raw image of the disk
+)
+
 // Compression is how an image's compressed clusters are compressed.
 type Compression uint8
 
@@ -46,6 +54,9 @@ const (
 	extEnd           = 0
 	extBackingFormat = 0xe2792aca
 	extFeatureNames  = 0x6803f857
+	extBitmaps       = 0x23852875
+	extDataFile      = 0x44415441
+	extNothing       = 0x6e6f6e65 // ours, in place of one that was taken away
 )
 
 // Header is an image's header with those of its extensions that matter to
@@ -70,7 +81,12 @@ type Header struct {
 	Autoclear      uint64
 	Compression    Compression
 
+	DataFile string      // name of the external data file
+	Bitmaps  *bitmapsExt // the extension of persistent bitmaps, or nil
+
 	featureNames map[uint8]string // of incompatible bits, by the image's own table
+	nameOffset   int64            // of the backing file's name, or 0
+	extensionEnd int64            // where the extension is that ends them, or 0
 }
 
 // ClusterSize is the size of a cluster in bytes.
@@ -82,8 +98,24 @@ func (h *Header) Dirty() bool { return h.Incompatible&FeatureDirty != 0 }
 // Corrupt tells that someone found the image damaged.
 func (h *Header) Corrupt() bool { return h.Incompatible&FeatureCorrupt != 0 }
 
+// l2EntrySize is the size of an L2 entry in bytes.
+func (h *Header) l2EntrySize() int64 {
+	if h.Incompatible&FeatureExtendedL2 != 0 {
+		return 2 * entrySize
+	}
+	return entrySize
+}
+
 // l2Entries is the number of clusters that one L2 table maps.
-func (h *Header) l2Entries() int64 { return h.ClusterSize() / entrySize }
+func (h *Header) l2Entries() int64 { return h.ClusterSize() / h.l2EntrySize() }
+
+// unit is how many bytes of the disk come from one source: a cluster or a subcluster.
+func (h *Header) unit() int64 {
+	if h.Incompatible&FeatureExtendedL2 != 0 {
+		return h.ClusterSize() / subclusters
+	}
+	return h.ClusterSize()
+}
 
 // l1Needed is the number of L1 entries that map the virtual size.
 func (h *Header) l1Needed() int64 {
@@ -182,11 +214,13 @@ func (h *Header) parseExtensions(first []byte, at uint32) error {
 			return fmt.Errorf("%w: backing file name %q", ErrHeader, h.BackingFile)
 		}
 		end = nameOffset
+		h.nameOffset = int64(nameOffset)
 	}
 	for pos := uint64(at); pos+8 <= end; {
 		kind, n := be.Uint32(first[pos:]), uint64(be.Uint32(first[pos+4:]))
 		pos += 8
 		if kind == extEnd {
+			h.extensionEnd = int64(pos) - 8
 			return nil
 		}
 		if n > end-pos {
@@ -201,6 +235,16 @@ func (h *Header) parseExtensions(first []byte, at uint32) error {
 			h.BackingFormat = string(body)
 		case extFeatureNames:
 			h.featureNames = featureNames(body)
+		case extDataFile:
+			if n > maxBackingName {
+				return fmt.Errorf("%w: name of the data file of %d bytes", ErrHeader, n)
+			}
+			h.DataFile = string(body)
+		case extBitmaps:
+			if h.Bitmaps != nil || n != bitmapsExtBytes {
+				return fmt.Errorf("%w: bitmaps extension of %d bytes at %d", ErrHeader, n, pos)
+			}
+			h.Bitmaps = parseBitmapsExt(body, int64(pos))
 		}
 		pos += (n + 7) &^ 7
 	}
@@ -226,6 +270,8 @@ func (h *Header) validate() error {
 	switch {
 	case h.Size < 0:
 		return fmt.Errorf("%w: virtual size %d", ErrHeader, uint64(h.Size))
+	case h.Incompatible&FeatureExtendedL2 != 0 && h.ClusterSize() < subclusters*sector:
+		return fmt.Errorf("%w: subclusters in clusters of %d bytes", ErrHeader, h.ClusterSize())
 	case h.RefcountOrder > maxRefcountLog:
 		return fmt.Errorf("%w: reference counts of 2^%d bits", ErrHeader, h.RefcountOrder)
 	case int64(h.L1Entries)*entrySize > maxL1Bytes:
@@ -256,10 +302,6 @@ func (h *Header) supported() error {
 		return fmt.Errorf("%w: LUKS encryption: %s (qemu-img convert --image-opts, with the secret)", ErrUnsupported, convert)
 	case h.Encryption != 0:
 		return fmt.Errorf("%w: encryption method %d", ErrUnsupported, h.Encryption)
-	case h.Incompatible&FeatureDataFile != 0:
-		return fmt.Errorf("%w: external data file: %s", ErrUnsupported, convert)
-	case h.Incompatible&FeatureExtendedL2 != 0:
-		return fmt.Errorf("%w: extended L2 entries (subclusters): %s", ErrUnsupported, convert)
 	case h.Compression > Zstd:
 		return fmt.Errorf("%w: compression type %d: zlib and zstd are known", ErrUnsupported, h.Compression)
 	}

@@ -140,6 +140,23 @@ var images = []struct {
 		converted("compat=1.1")(t, dir)
 		qemu(t, dir, "qemu-img", "bitmap", "--add", "image.qcow2", "b0")
 	}},
+	{name: "subclusters", make: func(t testing.TB, dir string) {
+		converted("extended_l2=on,cluster_size=64k")(t, dir)
+		edit(t, dir, "image.qcow2", "write -P 1 5000 2000", "write -z 512k 3k", "write -z 600k 100k", "discard 1M 64k", "write -P 2 1000000 10")
+	}, alone: true},
+	{name: "subclusters over a backing file", make: func(t testing.TB, dir string) {
+		writeFile(t, filepath.Join(dir, "base.raw"), mixed(5, 5<<20))
+		create(t, dir, "image.qcow2", "6M", "backing_file=base.raw,backing_fmt=raw,extended_l2=on,cluster_size=128k")
+		edit(t, dir, "image.qcow2", "write -P 1 5000 2000", "write -z 512k 8k", "write -z 600k 300k", "write -P 2 1000000 10", "write -c -P 3 2M 128k")
+	}, alone: true},
+	{name: "data file", make: func(t testing.TB, dir string) {
+		create(t, dir, "image.qcow2", "5M", "data_file=data.raw")
+		edit(t, dir, "image.qcow2", "write -P 1 0 10k", "write -P 1 1M 200k", "write -z 1100k 64k", "write -P 2 3M 100")
+	}, alone: true},
+	{name: "raw data file", make: func(t testing.TB, dir string) {
+		create(t, dir, "image.qcow2", "5M", "data_file=data.raw,data_file_raw=on")
+		edit(t, dir, "image.qcow2", "write -P 1 0 10k", "write -P 1 1M 200k", "write -z 1100k 64k", "write -P 2 3M 100")
+	}, alone: true},
 	{name: "grown", make: func(t testing.TB, dir string) {
 		converted("cluster_size=4k")(t, dir)
 		qemu(t, dir, "qemu-img", "resize", "-q", "image.qcow2", "40M")

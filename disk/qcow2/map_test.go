@@ -53,7 +53,9 @@ func joined(all []mapped) []mapped {
 
 func mapByQEMU(t testing.TB, path string) []mapped {
 	t.Helper()
-	out, err := exec.Command("qemu-img", "map", "-f", "qcow2", "--output=json", path).Output()
+	cmd := exec.Command("qemu-img", "map", "-f", "qcow2", "--output=json", path)
+	cmd.Dir = filepath.Dir(path) // where QEMU looks for data files
+	out, err := cmd.Output()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,13 +1,14 @@
 // Package qcow2 reads and writes QEMU's qcow2 images (QEMU's
-// docs/interop/qcow2.txt): plain, zero and compressed clusters, and backing
-// chains of qcow2 and raw images. Versions 2 and 3 are read; images of version 3
-// without internal snapshots and bitmaps are written.
+// docs/interop/qcow2.txt): plain, zero and compressed clusters, persistent
+// bitmaps, and backing chains of qcow2 and raw images, of versions 2 and 3. Images
+// with internal snapshots, subclusters, or an external data file are only read.
 package qcow2
 
 import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
@@ -27,8 +28,9 @@ const sector = 512
 type Node struct {
 	image
 	path    string
-	size    int64      // virtual, a multiple of sector
-	backing block.Node // or nil
+	size    atomic.Int64 // virtual, a multiple of sector
+	backing block.Node   // or nil
+	bitmaps bitmaps
 
 	holes    sync.Once
 	hasHoles bool // found by holes
@@ -38,6 +40,7 @@ type Node struct {
 // the file.
 type image struct {
 	file     block.Node
+	external block.Node // the data file, or nil if the data is in file
 	header   *Header
 	l1       []uint64 // entries of the active L1 table
 	id       int      // the image's own in the caches
@@ -56,7 +59,7 @@ var _ block.Node = (*Node)(nil)
 func Open(path string, readOnly bool) (*Node, error) {
 	c := newChain()
 	if readOnly {
-		file, err := c.open(path)
+		file, err := c.open(path, true)
 		if err != nil {
 			return nil, err
 		}
@@ -67,25 +70,61 @@ func Open(path string, readOnly bool) (*Node, error) {
 		return nil, err
 	}
 	if n.backing, err = c.openBacking(path, n.header); err != nil {
-		n.file.Close()
+		n.abandon()
 		return nil, err
 	}
 	return n, nil
 }
 
+// abandon closes an image whose opening failed; the chain below is not open.
+func (n *Node) abandon() {
+	_ = n.finish()
+	n.file.Close()
+	if n.external != nil {
+		n.external.Close()
+	}
+}
+
+// openWritable opens the image at path, without its backing chain.
+func (c *chain) openWritable(path string) (*Node, error) {
+	file, err := c.open(path, false)
+	if err != nil {
+		return nil, err
+	}
+	n := c.node(file, path)
+	if err = n.init(); err == nil {
+		err = n.makeWritable(file.(store))
+	}
+	if err != nil {
+		file.Close()
+		return nil, fmt.Errorf("disk %s: %w", path, err)
+	}
+	return n, nil
+}
+
+// node is a node for an image that is not read yet.
+func (c *chain) node(file block.Node, path string) *Node {
+	return &Node{path: path, image: image{file: file, id: len(c.opened), tables: c.tables, clusters: c.clusters}}
+}
+
 // openImage opens the image in file, which it closes if it fails.
 func (c *chain) openImage(file block.Node, path string) (*Node, error) {
-	n := &Node{path: path, image: image{file: file, id: len(c.opened), tables: c.tables, clusters: c.clusters}}
+	n := c.node(file, path)
 	if err := n.init(); err != nil {
 		file.Close()
 		return nil, fmt.Errorf("disk %s: %w", path, err)
 	}
-	backing, err := c.openBacking(path, n.header)
+	var err error
+	if n.header.Incompatible&FeatureDataFile != 0 {
+		n.external, err = c.openDataFile(path, n.header)
+	}
+	if err == nil {
+		n.backing, err = c.openBacking(path, n.header)
+	}
 	if err != nil {
-		file.Close()
+		n.abandon()
 		return nil, err
 	}
-	n.backing = backing
 	return n, nil
 }
 
@@ -108,8 +147,8 @@ func (n *Node) init() error {
 	if err := n.header.supported(); err != nil {
 		return err
 	}
-	n.size = n.header.Size / sector * sector // as QEMU rounds
-	n.l1, err = readL1(n.file, n.header)
+	n.size.Store(n.header.Size / sector * sector) // as QEMU rounds
+	n.l1, err = readL1(n.file, n.header, n.header.l1Needed())
 	return err
 }
 
@@ -118,15 +157,16 @@ func (n *Node) Header() *Header { return n.header }
 
 // Readv implements block.Node.
 func (n *Node) Readv(bufs [][]byte, off int64) error {
-	length := total(bufs)
-	if off < 0 || off > n.size || length > n.size-off {
-		return fmt.Errorf("%w: %d bytes at %d of %d", block.ErrOutOfRange, length, off, n.size)
+	length, size := total(bufs), n.size.Load()
+	if off < 0 || off > size || length > size-off {
+		return fmt.Errorf("%w: %d bytes at %d of %d", block.ErrOutOfRange, length, off, size)
 	}
 	c := cursor{bufs: bufs}
 	for length > 0 {
-		e, err := n.lookup(off, length)
+		e, epoch, err := n.lookup(off, length)
 		if err == nil {
 			err = n.readExtent(&c, e, off)
+			n.leave(epoch)
 		}
 		if err != nil {
 			return fmt.Errorf("disk %s: at %d: %w", n.path, off, err)
@@ -140,7 +180,7 @@ func (n *Node) Readv(bufs [][]byte, off int64) error {
 func (n *Node) readExtent(c *cursor, e extent, off int64) error {
 	switch e.kind {
 	case data:
-		return readFrom(n.file, c, e.host, e.length)
+		return readFrom(n.dataFile(), c, e.host, e.length)
 	case unallocated:
 		if n.backing == nil {
 			break
@@ -175,7 +215,7 @@ func readFrom(node block.Node, c *cursor, off, length int64) error {
 }
 
 // Size implements block.Node.
-func (n *Node) Size() int64 { return n.size }
+func (n *Node) Size() int64 { return n.size.Load() }
 
 // ReadOnly implements block.Node.
 func (n *Node) ReadOnly() bool { return n.w == nil }
@@ -185,7 +225,7 @@ func (n *Node) Info() block.Info {
 	info := block.Info{
 		Format:      "qcow2",
 		Filename:    n.path,
-		VirtualSize: n.size,
+		VirtualSize: n.Size(),
 		ActualSize:  n.file.Info().ActualSize,
 		ClusterSize: n.header.ClusterSize(),
 	}
@@ -199,6 +239,9 @@ func (n *Node) Info() block.Info {
 // Close implements block.Node; it closes the whole chain.
 func (n *Node) Close() error {
 	err := errors.Join(n.finish(), n.file.Close())
+	if n.external != nil {
+		err = errors.Join(err, n.external.Close())
+	}
 	if n.backing != nil {
 		err = errors.Join(err, n.backing.Close())
 	}

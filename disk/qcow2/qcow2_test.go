@@ -125,8 +125,21 @@ func TestRefused(t *testing.T) {
 		is   error
 		says []string
 	}{
-		{"extended L2", func(t *testing.T, dir string) { create(t, dir, "image.qcow2", "1M", "extended_l2=on") }, ErrUnsupported, []string{"subclusters", "qemu-img convert"}},
-		{"data file", func(t *testing.T, dir string) { create(t, dir, "image.qcow2", "1M", "data_file=data.raw") }, ErrUnsupported, []string{"external data file", "qemu-img convert"}},
+		{"no data file", func(t *testing.T, dir string) {
+			create(t, dir, "image.qcow2", "1M", "data_file=data.raw")
+			if err := os.Remove(filepath.Join(dir, "data.raw")); err != nil {
+				t.Fatal(err)
+			}
+		}, ErrBacking, []string{"data file", "data.raw"}},
+		{"data file is the image", func(t *testing.T, dir string) {
+			create(t, dir, "image.qcow2", "1M", "data_file=data.raw")
+			if err := os.Remove(filepath.Join(dir, "data.raw")); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Link(filepath.Join(dir, "image.qcow2"), filepath.Join(dir, "data.raw")); err != nil {
+				t.Fatal(err)
+			}
+		}, ErrBacking, []string{"loop"}},
 		{"LUKS", patched(32, be32(2)), ErrUnsupported, []string{"LUKS", "qemu-img convert"}},
 		{"AES", patched(32, be32(1)), ErrUnsupported, []string{"AES", "qemu-img convert"}},
 		{"encryption 3", patched(32, be32(3)), ErrUnsupported, []string{"encryption method 3"}},
@@ -489,7 +502,7 @@ func TestDecompressionIsBounded(t *testing.T) {
 		writeFile(t, filepath.Join(dir, "source"), bytes.Repeat([]byte{7}, 2<<20))
 		qemu(t, dir, "qemu-img", "convert", "-c", "-O", "qcow2", "-o", "cluster_size=2M,compression_type="+method, "source", "big.qcow2")
 		big := mustOpen(t, filepath.Join(dir, "big.qcow2"))
-		e, err := big.lookup(0, 1)
+		e, _, err := big.lookup(0, 1)
 		if err != nil || e.kind != compressed {
 			t.Fatalf("%+v, %v", e, err)
 		}

@@ -20,9 +20,9 @@ const (
 // smaller clusters are kept whole.
 const sliceBytes = 4096
 
-// readL1 reads what the virtual size needs of the active L1 table.
-func readL1(file block.Node, h *Header) ([]uint64, error) {
-	n := h.l1Needed() * entrySize
+// readL1 reads the given number of entries of the active L1 table.
+func readL1(file block.Node, h *Header, entries int64) ([]uint64, error) {
+	n := entries * entrySize
 	if h.L1Offset > file.Size() || n > file.Size()-h.L1Offset {
 		return nil, fmt.Errorf("%w: L1 table of %d bytes at %#x ends behind the file's %d bytes; is the file cut off?", ErrCorrupt, n, h.L1Offset, file.Size())
 	}
@@ -30,7 +30,7 @@ func readL1(file block.Node, h *Header) ([]uint64, error) {
 	if err := file.Readv([][]byte{raw}, h.L1Offset); err != nil {
 		return nil, fmt.Errorf("read L1 table at %#x: %w", h.L1Offset, err)
 	}
-	l1 := make([]uint64, h.l1Needed())
+	l1 := make([]uint64, entries)
 	for i := range l1 {
 		l1[i] = binary.BigEndian.Uint64(raw[i*entrySize:])
 	}
@@ -52,28 +52,37 @@ func (im *image) l2Slice(cluster int64) (entries []byte, count int64, err error)
 	if table%im.header.ClusterSize() != 0 {
 		return nil, 0, fmt.Errorf("%w: L2 table at %#x (L1 entry %d) does not start at a cluster", ErrCorrupt, table, l1Index)
 	}
-	if im.w != nil {
-		entries, err := im.w.table(im, table)
-		if err != nil {
-			return nil, 0, err
-		}
-		entries = entries[index*entrySize:]
-		return entries, int64(len(entries)) / entrySize, nil
-	}
 	size := min(im.header.ClusterSize(), sliceBytes)
-	inTable := index * entrySize
+	inTable := index * im.header.l2EntrySize()
 	at := table + inTable/size*size
-	slice := im.tables.get(key{im.id, at})
-	if slice == nil {
-		if at > im.file.Size()-size {
-			return nil, 0, fmt.Errorf("%w: L2 table at %#x (L1 entry %d) ends behind the file's %d bytes; is the file cut off?", ErrCorrupt, table, l1Index, im.file.Size())
+	var slice []byte
+	if im.w != nil {
+		s := im.w.l2.get(at)
+		if s == nil {
+			im.w.missing = at
+			return nil, 0, errMissing
 		}
-		slice = make([]byte, size)
-		if err := im.file.Readv([][]byte{slice}, at); err != nil {
-			return nil, 0, fmt.Errorf("read L2 table at %#x: %w", table, err)
-		}
-		im.tables.put(key{im.id, at}, slice)
+		slice = s.data
+	} else if slice, err = im.readSlice(at); err != nil {
+		return nil, 0, fmt.Errorf("L1 entry %d: %w", l1Index, err)
 	}
 	entries = slice[inTable%size:]
-	return entries, int64(len(entries)) / entrySize, nil
+	return entries, int64(len(entries)) / im.header.l2EntrySize(), nil
+}
+
+// readSlice returns a slice of an L2 table of an image that is only read.
+func (im *image) readSlice(at int64) ([]byte, error) {
+	if slice := im.tables.get(key{im.id, at}); slice != nil {
+		return slice, nil
+	}
+	size := min(im.header.ClusterSize(), sliceBytes)
+	if at > im.file.Size()-size {
+		return nil, fmt.Errorf("%w: L2 table at %#x ends behind the file's %d bytes; is the file cut off?", ErrCorrupt, at, im.file.Size())
+	}
+	slice := make([]byte, size)
+	if err := im.file.Readv([][]byte{slice}, at); err != nil {
+		return nil, fmt.Errorf("read L2 table at %#x: %w", at, err)
+	}
+	im.tables.put(key{im.id, at}, slice)
+	return slice, nil
 }

@@ -2,149 +2,216 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
-	"maps"
-	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
-	"github.com/gnomon-vmm/gnomon/disk/raw"
 )
 
-// Writing is kept simple and safe against being killed at any point:
+// Writing is safe against power loss at any point, whatever order the file's
+// writes since its last flush become durable in:
 //
-//   - New clusters go to the end of the file, and are written before a table
-//     points to them; L2 tables are written by Flush, after the data, and L1
-//     entries after the tables. What a guest flushed is there; the rest is as it
-//     was before, cluster by cluster.
-//   - Reference counts are not kept up to date. The image is marked as dirty
-//     (incompatible feature 0) from the first change until it is closed, when they
-//     are counted anew, as QEMU does with lazy reference counts. An image that was
-//     not closed is counted when it is opened the next time.
+//   - Clusters are written and counted before a table points to them, L2 tables
+//     before L1 entries do: see Flush.
+//   - What a cluster is replaced by, or discarded for, is durable before its count
+//     is lowered and it is used again: see freed.
+//
+// So the file never refers to a cluster that is not counted. What a guest flushed
+// is there; of the rest each cluster is as it was before or as it was written. What
+// is lost are clusters that were counted and not referred to yet: leaks.
 
 // Bounds of what a writer holds in memory.
 const (
-	maxTables      = 256 // L2 tables: 16 MiB at 64 KiB a cluster
-	maxDirtyTables = 64  // of them not written yet
-	maxRun         = 2 << 20
+	l2CacheBytes    = 8 << 20 // the L2 tables of 64 GiB at 64 KiB a cluster
+	countCacheBytes = 1 << 20
+	maxFreed        = 4096    // runs of clusters that wait for a flush
+	maxRun          = 2 << 20 // bytes that are allocated at once
 )
 
 // writer is what an image that can be written has beside.
 type writer struct {
-	file *raw.Node
+	file store
 
-	mu     sync.Mutex
-	change sync.Cond        // on mu: busy changed
-	end    int64            // where the next new cluster goes; guarded by mu
-	tables map[int64][]byte // L2 tables by their place; guarded by mu
-	dirty  map[int64]bool   // tables that the file has not as they are; guarded by mu
-	l1     map[int64]bool   // likewise entries of the L1 table; guarded by mu
-	busy   map[int64]bool   // clusters that are being given a place; guarded by mu
-	marked bool             // the file says that it is dirty; guarded by mu
-	closed bool             // guarded by mu
+	mu      sync.Mutex
+	change  sync.Cond      // on mu: busy, loading, or active while quiesce waits
+	end     int64          // of the file, in whole clusters; guarded by mu
+	counts  refcounts      // guarded by mu
+	l2      sliceCache     // guarded by mu
+	l1      map[int64]bool // entries of the L1 table that the file has not; guarded by mu
+	freed   []run          // clusters that the file still refers to; guarded by mu
+	busy    map[int64]bool // clusters that are being given a place; guarded by mu
+	loading map[int64]bool // slices of L2 tables that are being read; guarded by mu
+	missing int64          // the slice that errMissing is about; guarded by mu
+	pack    int64          // where in the file the next compressed cluster can go, or 0; guarded by mu
+	floor   int64          // clusters below are not known to be free, whatever is counted; guarded by mu
+	broken  error          // the image is marked as corrupt; guarded by mu
+	closed  bool
+
+	// Requests that use places of clusters are counted by the epoch in which they
+	// looked them up, so that clusters are not used for something else meanwhile.
+	epoch    int // guarded by mu
+	active   [2]atomic.Int64
+	quiesces atomic.Bool
 
 	flushing sync.Mutex // held while tables are written
+	zeroes   []byte     // never written: a cluster, or 64 KiB of a larger one
 }
 
-// openWritable opens the image at path, without its backing chain.
-func (c *chain) openWritable(path string) (*Node, error) {
-	open := c.openFile
-	defer func() { c.openFile = open }()
-	c.openFile = openFileWritable
-	file, err := c.open(path)
-	if err != nil {
-		return nil, err
-	}
-	n := &Node{path: path, image: image{file: file, id: len(c.opened), tables: c.tables, clusters: c.clusters}}
-	if err := n.init(); err != nil {
-		file.Close()
-		return nil, fmt.Errorf("disk %s: %w", path, err)
-	}
-	if err := n.makeWritable(file.(*raw.Node)); err != nil {
-		file.Close()
-		return nil, fmt.Errorf("disk %s: %w", path, err)
-	}
-	return n, nil
-}
+// run is some clusters of the file that lie side by side.
+type run struct{ first, count int64 }
+
+// errMissing: a slice of an L2 table, writer.missing, must be read first.
+var errMissing = errors.New("table not in memory")
 
 // makeWritable refuses what cannot be written and repairs what was not closed.
-func (n *Node) makeWritable(file *raw.Node) error {
+func (n *Node) makeWritable(file store) error {
 	h := n.header
 	const otherwise = "open it with readonly=on, or copy it with qemu-img convert -O qcow2"
 	switch {
-	case h.Version < 3:
-		return fmt.Errorf("%w: version 2 cannot be written: qemu-img amend -o compat=1.1 makes it version 3", ErrUnsupported)
 	case h.Corrupt():
-		return fmt.Errorf("%w: it is marked as damaged: qemu-img check -r all may repair it", ErrCorrupt)
+		return fmt.Errorf("%w: it is marked as damaged: check and repair it first", ErrCorrupt)
 	case h.Snapshots != 0:
 		return fmt.Errorf("%w: internal snapshots: %s", ErrUnsupported, otherwise)
-	case h.Autoclear != 0:
-		return fmt.Errorf("%w: persistent bitmaps, or other autoclear features %#x: %s", ErrUnsupported, h.Autoclear, otherwise)
-	case h.RefcountOrder != 4:
-		return fmt.Errorf("%w: reference counts of %d bits: %s", ErrUnsupported, 1<<h.RefcountOrder, otherwise)
+	case h.Incompatible&(FeatureExtendedL2|FeatureDataFile) != 0:
+		return fmt.Errorf("%w: writing to an image with subclusters or an external data file: %s", ErrUnsupported, otherwise)
 	}
-	size := h.ClusterSize()
-	n.w = &writer{
-		file: file, end: (file.Size() + size - 1) / size * size,
-		tables: map[int64][]byte{}, dirty: map[int64]bool{}, l1: map[int64]bool{}, busy: map[int64]bool{},
-		marked: h.Dirty(),
+	if err := n.startWriter(file); err != nil {
+		return err
 	}
-	n.w.change.L = &n.w.mu
-	file.Grow(n.w.end)
-	if n.w.marked {
-		return n.recount()
+	if h.Dirty() {
+		if err := n.recount(); err != nil {
+			return err
+		}
 	}
+	return n.openBitmaps()
+}
+
+// startWriter reads what a writer needs.
+func (n *Node) startWriter(file store) error {
+	var err error
+	if n.l1, err = readL1(n.file, n.header, int64(n.header.L1Entries)); err != nil {
+		return err
+	}
+	table, err := n.readRefcountTable()
+	if err != nil {
+		return err
+	}
+	n.newWriter(file)
+	n.w.counts.table = table
 	return nil
 }
 
-// table returns an L2 table, to be read and changed with mu held. Preconditions:
-// mu is held.
-func (w *writer) table(im *image, at int64) ([]byte, error) {
-	if t := w.tables[at]; t != nil {
-		return t, nil
+// newWriter makes a writer that does not know the table of reference counts.
+func (n *Node) newWriter(file store) {
+	h, size := n.header, n.header.ClusterSize()
+	n.w = &writer{
+		file: file, end: (file.Size() + size - 1) / size * size,
+		counts: refcounts{slices: newSliceCache(countCacheBytes, size), order: h.RefcountOrder, tableAt: h.RefcountOffset, linked: map[int64]bool{}},
+		l2:     newSliceCache(l2CacheBytes, size),
+		l1:     map[int64]bool{}, busy: map[int64]bool{}, loading: map[int64]bool{},
+		zeroes: make([]byte, min(size, 64<<10)),
 	}
-	size := im.header.ClusterSize()
-	if at > w.file.Size()-size {
-		return nil, fmt.Errorf("%w: L2 table at %#x ends behind the file's %d bytes; is the file cut off?", ErrCorrupt, at, w.file.Size())
-	}
-	t := make([]byte, size)
-	if err := w.file.Readv([][]byte{t}, at); err != nil {
-		return nil, fmt.Errorf("read L2 table at %#x: %w", at, err)
-	}
-	if len(w.tables) >= maxTables {
-		for old := range w.tables {
-			if !w.dirty[old] {
-				delete(w.tables, old)
-				break
-			}
-		}
-	}
-	w.tables[at] = t
-	return t, nil
+	n.w.change.L = &n.w.mu
+	n.w.floor = n.w.end / size
+	file.Grow(n.w.end)
 }
 
-// alloc takes n bytes of whole clusters at the file's end. Preconditions: mu is held.
-func (w *writer) alloc(n int64) int64 {
+// extend makes the file n bytes longer and returns where it ended. Preconditions:
+// mu is held.
+func (w *writer) extend(n int64) int64 {
 	at := w.end
 	w.end += n
 	w.file.Grow(w.end)
 	return at
 }
 
-// mark has the file say that its reference counts are not right. Preconditions:
-// mu is held.
-func (n *Node) mark() error {
-	if n.w.marked {
-		return nil
+// free has clusters be given back after the next flush. Preconditions: mu is held.
+func (w *writer) free(first, count int64) {
+	if k := len(w.freed) - 1; k >= 0 && w.freed[k].first+w.freed[k].count == first {
+		w.freed[k].count += count
+		return
 	}
-	if err := n.writeIncompatible(n.header.Incompatible | FeatureDirty); err != nil {
-		return err
+	w.freed = append(w.freed, run{first, count})
+}
+
+// writeZero writes zeroes to the file.
+func (n *Node) writeZero(at, length int64) error {
+	for length > 0 {
+		part := n.w.zeroes[:min(length, int64(len(n.w.zeroes)))]
+		if err := n.file.Writev([][]byte{part}, at); err != nil {
+			return err
+		}
+		at, length = at+int64(len(part)), length-int64(len(part))
 	}
-	n.w.marked = true
 	return nil
 }
 
+// enter tells that a place that was looked up is going to be used, until leave.
+// Preconditions: mu is held.
+func (w *writer) enter() (epoch int) {
+	w.active[w.epoch].Add(1)
+	return w.epoch
+}
+
+func (w *writer) leave(epoch int) {
+	if w.active[epoch].Add(-1) == 0 && w.quiesces.Load() {
+		w.mu.Lock()
+		w.change.Broadcast()
+		w.mu.Unlock()
+	}
+}
+
+// quiesce waits until the places that were looked up before are not used any
+// more. Preconditions: flushing is held.
+func (w *writer) quiesce() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	old := w.epoch
+	w.epoch ^= 1
+	w.quiesces.Store(true)
+	for w.active[old].Load() != 0 {
+		w.change.Wait()
+	}
+	w.quiesces.Store(false)
+}
+
+// overlaps refuses clusters that hold the image's own tables, whatever is
+// referred to or counted. Preconditions: mu is held.
+func (n *Node) overlaps(at, length int64) error {
+	r, h := &n.w.counts, n.header
+	for _, t := range [...]struct {
+		name       string
+		at, length int64
+	}{
+		{"header", 0, h.ClusterSize()},
+		{"L1 table", h.L1Offset, int64(h.L1Entries) * entrySize},
+		{"reference count table", r.tableAt, int64(len(r.table)) * entrySize},
+	} {
+		if at < t.at+t.length && t.at < at+length {
+			return fmt.Errorf("%w: the image's %s at %#x would be overwritten, by clusters at %#x", ErrCorrupt, t.name, t.at, at)
+		}
+	}
+	return nil
+}
+
+// damaged marks the image as corrupt, for good, and returns err. Preconditions:
+// mu is held.
+func (n *Node) damaged(err error) error {
+	if n.w.broken == nil {
+		n.w.broken = err
+		if n.header.Version >= 3 {
+			err = errors.Join(err, n.writeIncompatible(n.header.Incompatible|FeatureCorrupt))
+		}
+	}
+	return err
+}
+
 func (n *Node) writeIncompatible(features uint64) error {
+	if n.header.Incompatible == features {
+		return nil
+	}
 	b := binary.BigEndian.AppendUint64(nil, features)
 	if err := n.file.Writev([][]byte{b}, 72); err != nil {
 		return fmt.Errorf("write header: %w", err)
@@ -156,27 +223,146 @@ func (n *Node) writeIncompatible(features uint64) error {
 	return nil
 }
 
-// set makes the L2 entries of count clusters from the given one on; entry tells
-// each, by its index. Preconditions: mu is held.
-func (n *Node) set(cluster, count int64, entry func(i int64) uint64) error {
-	perTable := n.header.l2Entries()
-	for i := range count {
-		index := (cluster + i) / perTable
-		at := int64(n.l1[index] & offsetMask)
-		if at == 0 {
-			at = n.w.alloc(n.header.ClusterSize())
-			n.w.tables[at] = make([]byte, n.header.ClusterSize())
-			n.l1[index] = uint64(at) | entryOwn
-			n.w.l1[index] = true
+// find is lookup for a change of the cluster at off, which nobody else is
+// changing. It waits, and reads what it needs. Preconditions: mu is held; it is
+// let go of meanwhile.
+func (n *Node) find(off, limit int64) (extent, error) {
+	for {
+		if n.w.broken != nil {
+			return extent{}, n.w.broken
 		}
-		t, err := n.w.table(&n.image, at)
-		if err != nil {
-			return err
+		if n.w.busy[off>>n.header.ClusterBits] {
+			n.w.change.Wait()
+			continue
 		}
-		binary.BigEndian.PutUint64(t[(cluster+i)%perTable*entrySize:], entry(i))
-		n.w.dirty[at] = true
+		e, err := n.lookupLocked(off, limit)
+		if err != errMissing {
+			return e, err
+		}
+		if err := n.load(n.w.missing); err != nil {
+			return extent{}, err
+		}
 	}
+}
+
+// load reads a slice of an L2 table. Preconditions: mu is held; it is let go of
+// meanwhile.
+func (im *image) load(at int64) error {
+	w := im.w
+	for w.loading[at] {
+		w.change.Wait()
+	}
+	if w.l2.get(at) != nil {
+		return nil
+	}
+	if at > w.file.Size()-w.l2.size {
+		return fmt.Errorf("%w: L2 table at %#x ends behind the file's %d bytes; is the file cut off?", ErrCorrupt, at, w.file.Size())
+	}
+	w.loading[at] = true
+	w.mu.Unlock()
+	b := make([]byte, w.l2.size)
+	err := w.file.Readv([][]byte{b}, at)
+	w.mu.Lock()
+	delete(w.loading, at)
+	w.change.Broadcast()
+	if err != nil {
+		return fmt.Errorf("read L2 table at %#x: %w", at, err)
+	}
+	copy(w.l2.put(at).data, b)
 	return nil
+}
+
+// l2ForWrite returns the slice of an L2 table that has the entry of a cluster, and
+// the entry's index in it. The table is made if there is none, and copied if the
+// image does not own it. Preconditions: mu is held; it is let go of meanwhile.
+func (n *Node) l2ForWrite(cluster int64) (*slice, int64, error) {
+	size, w := n.header.ClusterSize(), n.w
+	perTable := n.header.l2Entries()
+	for {
+		index := cluster / perTable
+		table := int64(n.l1[index] & offsetMask)
+		if table == 0 || n.l1[index]&entryOwn == 0 {
+			if err := n.newL2(index, table); err != nil {
+				return nil, 0, err
+			}
+			continue
+		}
+		inTable := cluster % perTable * entrySize
+		at := table + inTable/w.l2.size*w.l2.size
+		if s := w.l2.get(at); s != nil {
+			return s, inTable % w.l2.size / entrySize, nil
+		}
+		if table%size != 0 {
+			return nil, 0, fmt.Errorf("%w: L2 table at %#x (L1 entry %d) does not start at a cluster", ErrCorrupt, table, index)
+		}
+		if err := n.load(at); err != nil {
+			return nil, 0, err
+		}
+	}
+}
+
+// newL2 gives an L1 entry an L2 table, with the content of old, or empty if that
+// is 0. Preconditions: mu is held.
+func (n *Node) newL2(index, old int64) error {
+	size := n.header.ClusterSize()
+	at, _, err := n.alloc(1)
+	if err != nil {
+		return err
+	}
+	if old == 0 {
+		err = n.writeZero(at, size)
+	} else {
+		b := make([]byte, size)
+		if err = n.file.Readv([][]byte{b}, old); err == nil {
+			err = n.file.Writev([][]byte{b}, at)
+		}
+	}
+	if err != nil {
+		return errors.Join(err, n.lower(at/size))
+	}
+	if old != 0 {
+		n.w.free(old/size, 1)
+	}
+	n.l1[index] = uint64(at) | entryOwn
+	n.w.l1[index] = true
+	return nil
+}
+
+// set makes the L2 entries of count clusters from the given one on what entry
+// makes of the old ones, by their index, and tells how many it did. Preconditions:
+// mu is held; it is let go of meanwhile.
+func (n *Node) set(cluster, count int64, entry func(i int64, old uint64) uint64) (int64, error) {
+	for i := range count {
+		s, at, err := n.l2ForWrite(cluster + i)
+		if err != nil {
+			return i, err
+		}
+		b := s.data[at*entrySize:]
+		old := binary.BigEndian.Uint64(b)
+		v := entry(i, old)
+		if v == old {
+			continue
+		}
+		binary.BigEndian.PutUint64(b, v)
+		n.w.l2.touch(s)
+		n.replaced(old, v)
+	}
+	return count, nil
+}
+
+// replaced frees what an L2 entry referred to and its new value does not.
+// Preconditions: mu is held.
+func (n *Node) replaced(old, now uint64) {
+	size := n.header.ClusterSize()
+	switch {
+	case old&entryCompressed != 0:
+		at, length := n.header.stream(old)
+		if first := at / size; first > 0 {
+			n.w.free(first, (at+length-1)/size-first+1)
+		}
+	case old&offsetMask != 0 && (now&entryCompressed != 0 || now&offsetMask != old&offsetMask):
+		n.w.free(int64(old&offsetMask)/size, 1)
+	}
 }
 
 // Writev implements block.Node.
@@ -185,9 +371,12 @@ func (n *Node) Writev(bufs [][]byte, off int64) error {
 	if err := n.checkWrite(off, length); err != nil {
 		return err
 	}
-	c := &cursor{bufs: bufs}
+	if err := n.record(off, length); err != nil {
+		return err
+	}
+	c := cursor{bufs: bufs}
 	for length > 0 {
-		done, err := n.writeSome(c, off, length)
+		done, err := n.writeSome(&c, off, length)
 		if err != nil {
 			return fmt.Errorf("disk %s: write at %d: %w", n.path, off, err)
 		}
@@ -197,21 +386,22 @@ func (n *Node) Writev(bufs [][]byte, off int64) error {
 }
 
 func (n *Node) checkWrite(off, length int64) error {
+	size := n.Size()
 	switch {
 	case n.w == nil:
 		return block.ErrReadOnly
-	case off < 0 || length < 0 || off > n.size || length > n.size-off:
-		return fmt.Errorf("%w: %d bytes at %d of %d", block.ErrOutOfRange, length, off, n.size)
+	case off < 0 || length < 0 || off > size || length > size-off:
+		return fmt.Errorf("%w: %d bytes at %d of %d", block.ErrOutOfRange, length, off, size)
 	}
 	return nil
 }
 
-// bound writes tables when many have changed.
+// bound flushes when much waits for it.
 func (n *Node) bound() error {
 	n.w.mu.Lock()
-	many := len(n.w.dirty) >= maxDirtyTables
+	much := n.w.l2.dirty > n.w.l2.limit/2 || len(n.w.freed) > maxFreed
 	n.w.mu.Unlock()
-	if many {
+	if much {
 		return n.Flush()
 	}
 	return nil
@@ -221,26 +411,28 @@ func (n *Node) bound() error {
 func (n *Node) writeSome(c *cursor, off, length int64) (int64, error) {
 	size, w := n.header.ClusterSize(), n.w
 	w.mu.Lock()
-	e, err := n.lookupLocked(off, length)
+	e, err := n.find(off, length)
 	if err != nil {
 		w.mu.Unlock()
 		return 0, err
 	}
+	first, within := off/size, off%size
 	if e.kind == data && e.own {
+		if err := n.overlaps(e.host, e.length); err != nil {
+			err = n.damaged(err)
+			w.mu.Unlock()
+			return 0, err
+		}
+		epoch := w.enter()
 		w.mu.Unlock()
 		v := c.take(e.length)
-		defer v.release()
-		return e.length, n.file.Writev(v.bufs, e.host)
-	}
-	first, within := off/size, off%size
-	if w.busy[first] {
-		w.change.Wait() // for who writes to the same cluster
-		w.mu.Unlock()
-		return 0, nil
+		err := n.file.Writev(v.bufs, e.host)
+		v.release()
+		w.leave(epoch)
+		return e.length, err
 	}
 	// Whole clusters without a place are placed side by side; otherwise it is one.
-	count, piece := int64(1), min(length, size-within)
-	host := int64(0)
+	count, host := int64(1), int64(0)
 	switch {
 	case e.kind == zero && e.own:
 		host = e.host - within
@@ -248,17 +440,18 @@ func (n *Node) writeSome(c *cursor, off, length int64) (int64, error) {
 		for (count+1)*size <= min(e.length, maxRun) && !w.busy[first+count] {
 			count++
 		}
-		if count > 1 {
-			piece = count * size
-		}
 	}
-	if err := n.mark(); err != nil {
+	if host == 0 {
+		host, count, err = n.alloc(count)
+	} else if err = n.overlaps(host, size); err != nil {
+		err = n.damaged(err)
+	}
+	if err != nil {
 		w.mu.Unlock()
 		return 0, err
 	}
-	if host == 0 {
-		host = w.alloc(count * size)
-	}
+	fresh := e.kind != zero || !e.own
+	piece := min(length, count*size-within)
 	for i := range count {
 		w.busy[first+i] = true
 	}
@@ -268,18 +461,25 @@ func (n *Node) writeSome(c *cursor, off, length int64) (int64, error) {
 
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	done := int64(0)
+	if err == nil {
+		done, err = n.set(first, count, func(i int64, _ uint64) uint64 { return uint64(host+i*size) | entryOwn })
+	}
 	for i := range count {
 		delete(w.busy, first+i)
 	}
 	w.change.Broadcast()
-	if err == nil {
-		err = n.set(first, count, func(i int64) uint64 { return uint64(host+i*size) | entryOwn })
+	if err != nil && fresh {
+		for i := done; i < count; i++ {
+			err = errors.Join(err, n.lower(host/size+i))
+		}
 	}
 	return piece, err
 }
 
 // writeClusters fills clusters at host, which are to hold the disk from off on,
-// with the next n bytes of c at within, and around these with what the disk holds.
+// with the next length bytes of c at within, and around these with what the disk
+// holds.
 func (n *Node) writeClusters(c *cursor, host, off, within, length int64) error {
 	size := n.header.ClusterSize()
 	v := c.take(length)
@@ -289,8 +489,16 @@ func (n *Node) writeClusters(c *cursor, host, off, within, length int64) error {
 	}
 	whole := make([]byte, size)
 	// Behind the disk's end there is nothing to read.
-	if err := n.Readv([][]byte{whole[:min(size, n.size-off)]}, off); err != nil {
-		return err
+	there := min(size, n.Size()-off)
+	if within > 0 {
+		if err := n.Readv([][]byte{whole[:within]}, off); err != nil {
+			return err
+		}
+	}
+	if end := within + length; end < there {
+		if err := n.Readv([][]byte{whole[end:there]}, off+end); err != nil {
+			return err
+		}
 	}
 	at := within
 	for _, b := range v.bufs {
@@ -298,192 +506,3 @@ func (n *Node) writeClusters(c *cursor, host, off, within, length int64) error {
 	}
 	return n.file.Writev([][]byte{whole}, host)
 }
-
-// Flush implements block.Node.
-func (n *Node) Flush() error {
-	if n.w == nil {
-		return n.file.Flush() // which knows whether it was written
-	}
-	w := n.w
-	w.flushing.Lock()
-	defer w.flushing.Unlock()
-	w.mu.Lock()
-	tables := map[int64][]byte{}
-	for at := range w.dirty {
-		tables[at] = slices.Clone(w.tables[at])
-	}
-	l1 := map[int64]uint64{}
-	for i := range w.l1 {
-		l1[i] = n.l1[i]
-	}
-	clear(w.dirty)
-	clear(w.l1)
-	w.mu.Unlock()
-	err := n.writeTables(tables, l1)
-	if err != nil {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		for at := range tables {
-			if w.tables[at] == nil {
-				w.tables[at] = tables[at]
-			}
-			w.dirty[at] = true
-		}
-		for i := range l1 {
-			w.l1[i] = true
-		}
-		return fmt.Errorf("disk %s: flush: %w", n.path, err)
-	}
-	return nil
-}
-
-// writeTables writes data, then the tables that point to it, then what points to
-// those: each is on the disk before the next begins.
-func (n *Node) writeTables(tables map[int64][]byte, l1 map[int64]uint64) error {
-	if err := n.file.Flush(); err != nil {
-		return err
-	}
-	if len(tables) == 0 && len(l1) == 0 {
-		return nil
-	}
-	for _, at := range slices.Sorted(maps.Keys(tables)) {
-		if err := n.file.Writev([][]byte{tables[at]}, at); err != nil {
-			return fmt.Errorf("L2 table at %#x: %w", at, err)
-		}
-	}
-	if len(l1) > 0 {
-		if err := n.file.Flush(); err != nil {
-			return err
-		}
-		for _, i := range slices.Sorted(maps.Keys(l1)) {
-			b := binary.BigEndian.AppendUint64(nil, l1[i])
-			if err := n.file.Writev([][]byte{b}, n.header.L1Offset+i*entrySize); err != nil {
-				return fmt.Errorf("L1 entry %d: %w", i, err)
-			}
-		}
-	}
-	return n.file.Flush()
-}
-
-// Discard implements block.Node: whole clusters read as zero afterwards and
-// give their space back.
-func (n *Node) Discard(off, length int64) error {
-	if err := n.checkWrite(off, length); err != nil {
-		return err
-	}
-	size := n.header.ClusterSize()
-	first, end := (off+size-1)/size, (off+length)/size
-	if off+length == n.size {
-		end = (n.size + size - 1) / size // the last may be cut short
-	}
-	for first < end {
-		done, err := n.zeroClusters(first, end-first, true)
-		if err != nil {
-			return fmt.Errorf("disk %s: discard: %w", n.path, err)
-		}
-		first += done
-	}
-	return n.bound()
-}
-
-// WriteZeroes implements block.Node.
-func (n *Node) WriteZeroes(off, length int64, unmap bool) error {
-	if err := n.checkWrite(off, length); err != nil {
-		return err
-	}
-	size := n.header.ClusterSize()
-	for length > 0 {
-		within := off % size
-		if within == 0 && (length >= size || off+length == n.size) {
-			done, err := n.zeroClusters(off/size, max(1, length/size), unmap)
-			if err != nil {
-				return fmt.Errorf("disk %s: write zeroes: %w", n.path, err)
-			}
-			step := min(done*size, length)
-			off, length = off+step, length-step
-			continue
-		}
-		step := min(length, size-within)
-		if err := n.Writev([][]byte{make([]byte, step)}, off); err != nil {
-			return err
-		}
-		off, length = off+step, length-step
-	}
-	return n.bound()
-}
-
-// zeroClusters makes the first of count clusters, or more, read as zero, and
-// tells how many.
-func (n *Node) zeroClusters(first, count int64, unmap bool) (int64, error) {
-	size, w := n.header.ClusterSize(), n.w
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.busy[first] {
-		w.change.Wait()
-		return 0, nil
-	}
-	e, err := n.lookupLocked(first*size, count*size)
-	if err != nil {
-		return 0, err
-	}
-	run := max(1, e.length/size)
-	if e.kind == zero || e.kind == unallocated && n.backing == nil {
-		return run, nil
-	}
-	for i := range run {
-		if w.busy[first+i] {
-			run = max(1, i)
-			break
-		}
-	}
-	if err := n.mark(); err != nil {
-		return 0, err
-	}
-	keep := e.kind == data && e.own
-	if err := n.set(first, run, func(i int64) uint64 {
-		if keep {
-			return uint64(e.host+i*size) | entryOwn | entryZero
-		}
-		return entryZero
-	}); err != nil {
-		return 0, err
-	}
-	if keep && unmap {
-		return run, n.file.Discard(e.host, run*size)
-	}
-	return run, nil
-}
-
-// finish makes the image whole again, before it is closed.
-func (n *Node) finish() error {
-	if n.w == nil || n.w.closed {
-		return nil
-	}
-	n.w.closed = true
-	if err := n.Flush(); err != nil {
-		return err
-	}
-	if !n.w.marked {
-		return nil
-	}
-	if err := n.recount(); err != nil {
-		return fmt.Errorf("disk %s: %w", n.path, err)
-	}
-	return nil
-}
-
-// Freeze implements block.Freezer.
-func (n *Node) Freeze() error {
-	if n.w == nil {
-		return nil
-	}
-	if err := n.finish(); err != nil {
-		return err
-	}
-	file := n.w.file
-	// What was read into memory stays right; the caches begin anew.
-	n.w, n.tables = nil, newCache(tableCacheBytes)
-	return file.Freeze()
-}
-
-var _ block.Freezer = (*Node)(nil)
