@@ -92,6 +92,7 @@ func mapByUs(t testing.TB, n block.Mapper) []mapped {
 func compareMaps(t testing.TB, path string) {
 	t.Helper()
 	n := mustOpen(t, path)
+	defer n.Close()
 	want, got := mapByQEMU(t, path), mapByUs(t, n)
 	for _, m := range got {
 		if b := make([]byte, m.Length); m.Zero {
