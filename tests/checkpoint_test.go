@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
 	"github.com/gnomon-vmm/gnomon/tests/guest"
 	"github.com/gnomon-vmm/gnomon/tests/guest/probe"
@@ -208,7 +209,8 @@ func TestRestoredLinux(t *testing.T) {
 }
 
 // A machine's process that is killed at any point of saving leaves the earlier
-// checkpoints whole, and no file by the new one's name that is not.
+// checkpoints whole, their disk as it was, that in use good, and no file by the
+// new one's name that is not whole.
 func TestKilledWhileSaving(t *testing.T) {
 	const kills = 100
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
@@ -223,7 +225,11 @@ func TestKilledWhileSaving(t *testing.T) {
 	window := 20 * time.Millisecond // within which a save is killed: about half of them are complete then
 	for i := range kills {
 		full, child := filepath.Join(dir, "full"), filepath.Join(dir, "child")
-		p, _ := launch(t, "--kernel", kernel, "--append", "fill size=8M; wait for=host; dirty size=8M", "--memory", "32M", "--net", "none", "--serial", "null")
+		img := filepath.Join(dir, "disk.qcow2")
+		if err := qcow2.Create(img, qcow2.CreateOptions{Size: 4 << 20}); err != nil {
+			t.Fatal(err)
+		}
+		p, _ := launch(t, "--kernel", kernel, "--append", "fill size=8M; blk op=randwrite bs=4k qd=4 count=100000000", "--memory", "32M", "--net", "none", "--serial", "null", "--disk", "file="+img)
 		p.connect(ctx, t)
 		save := func(file, parent string) error {
 			args := map[string]any{"job-id": filepath.Base(file), "file": file}
@@ -238,6 +244,7 @@ func TestKilledWhileSaving(t *testing.T) {
 		for !concluded(ctx, t, p, "full") {
 			time.Sleep(time.Millisecond) // its process needs the processor
 		}
+		kept := sum(t, img)
 		if err := save(child, full); err != nil {
 			t.Fatal(err)
 		}
@@ -266,12 +273,30 @@ func TestKilledWhileSaving(t *testing.T) {
 		default:
 			t.Errorf("kill %d: a file by the checkpoint's name: %v", i, err)
 		}
+		if sum(t, img) != kept {
+			t.Errorf("kill %d: the disk that belongs to the earlier checkpoint was changed", i)
+		}
+		overlays, _ := filepath.Glob(img + ".*.qcow2")
+		for _, overlay := range overlays {
+			n, err := qcow2.Open(overlay, false) // which repairs what was not closed
+			if err == nil {
+				err = n.Close()
+			}
+			if err != nil {
+				t.Errorf("kill %d: %v", i, err)
+			}
+		}
+		if i%10 == 0 && len(overlays) > 0 {
+			if out := qemuImg(ctx, t, "check", overlays[0]); !strings.Contains(out, "No errors were found") {
+				t.Errorf("kill %d: %s", i, out)
+			}
+		}
 		left, err := os.ReadDir(dir)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, f := range left {
-			if partial, _ := filepath.Match(".child.*.partial", f.Name()); !partial && f.Name() != "full" && f.Name() != "child" {
+			if partial, _ := filepath.Match(".child.*.partial", f.Name()); !partial && f.Name() != "full" && f.Name() != "child" && !strings.HasPrefix(strings.TrimPrefix(f.Name(), "."), "disk.qcow2") {
 				t.Errorf("kill %d left %s behind", i, f.Name())
 			}
 			if err := os.Remove(filepath.Join(dir, f.Name())); err != nil {
