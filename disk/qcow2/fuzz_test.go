@@ -1,40 +1,20 @@
 package qcow2
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
 
-// memory is a file's content as a node.
-type memory struct {
-	block.Node
-	b []byte
-}
-
-func (m memory) Size() int64  { return (int64(len(m.b)) + sector - 1) / sector * sector }
-func (m memory) Close() error { return nil }
-
-func (m memory) Readv(bufs [][]byte, off int64) error {
-	for _, b := range bufs {
-		if off < 0 || off > m.Size() || int64(len(b)) > m.Size()-off {
-			return block.ErrOutOfRange // nobody may ask for what is not there
-		}
-		clear(b)
-		if off < int64(len(m.b)) {
-			copy(b, m.b[off:])
-		}
-		off += int64(len(b))
-	}
-	return nil
-}
-
-// FuzzOpen opens arbitrary files as an image, and reads the disk's start, its
-// end, and a stretch between. Backing files are the image itself as a raw one.
+// FuzzOpen opens arbitrary files as an image, checks and repairs them, and reads and
+// writes the disk's start, its end, and a stretch between. Backing files are the
+// image itself as a raw one.
 func FuzzOpen(f *testing.F) {
 	for _, tt := range []struct {
 		options string
@@ -47,6 +27,8 @@ func FuzzOpen(f *testing.F) {
 		{"cluster_size=512,backing_fmt=raw,backing_file=source", nil},
 		{"cluster_size=64k,extended_l2=on", nil},
 		{"cluster_size=512,lazy_refcounts=on", nil},
+		{"cluster_size=512,refcount_bits=1", nil},
+		{"cluster_size=1k,refcount_bits=64", nil},
 	} {
 		dir := f.TempDir()
 		writeFile(f, filepath.Join(dir, "source"), mixed(3, 40<<10))
@@ -59,33 +41,106 @@ func FuzzOpen(f *testing.F) {
 		f.Add(b[:min(len(b), 64<<10)])
 		f.Add(b[:512])
 	}
+	for _, arg := range []string{"bitmap --add image.qcow2 b", "snapshot -c one image.qcow2"} {
+		dir := f.TempDir()
+		create(f, dir, "image.qcow2", "40k", "cluster_size=1k")
+		qemu(f, dir, "qemu-img", strings.Fields(arg)...)
+		edit(f, dir, "image.qcow2", "write -P 1 3k 5k")
+		b, err := os.ReadFile(filepath.Join(dir, "image.qcow2"))
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
 	info, err := os.Stat(".")
 	if err != nil {
 		f.Fatal(err)
 	}
+	known := func(t *testing.T, what string, err error) {
+		t.Helper()
+		for _, is := range []error{nil, ErrHeader, ErrUnsupported, ErrBacking, ErrCorrupt, ErrBitmap, fs.ErrInvalid} {
+			if errors.Is(err, is) {
+				return
+			}
+		}
+		t.Errorf("%s: unexpected kind of error: %v", what, err)
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		c := newChain()
-		c.openFile = func(string, bool) (block.Node, fs.FileInfo, error) { return memory{b: b}, info, nil }
-		n, err := c.openImage(memory{b: b}, "image")
-		if err != nil {
-			if !errors.Is(err, ErrHeader) && !errors.Is(err, ErrUnsupported) && !errors.Is(err, ErrBacking) && !errors.Is(err, ErrCorrupt) {
-				t.Errorf("unexpected kind of error: %v", err)
-			}
-			return
+		c.openFile = func(string, bool) (block.Node, fs.FileInfo, error) {
+			return &memory{b: b, readOnly: true}, info, nil
 		}
-		defer n.Close()
-		length := min(n.Size(), 64<<10)
-		buf := make([]byte, length)
-		for _, off := range []int64{0, n.Size() - length, n.Size() / 2} {
-			off = min(off, n.Size()-length)
-			if err := n.Readv([][]byte{buf[:length/3], buf[length/3:]}, off); err != nil && !errors.Is(err, ErrCorrupt) {
-				t.Errorf("read at %d of %d: %v", off, n.Size(), err)
+		n, err := c.openImage(&memory{b: b, readOnly: true}, "image")
+		known(t, "open", err)
+		if err == nil {
+			around(n.Size(), func(off, length int64) {
+				buf := make([]byte, length)
+				known(t, "read", n.Readv([][]byte{buf[:length/3], buf[length/3:]}, off))
+				_, err := n.Map(off, length)
+				known(t, "map", err)
+			})
+			all, err := n.Bitmaps()
+			known(t, "bitmaps", err)
+			for _, info := range all[:min(len(all), 3)] {
+				_, err := n.Bitmap(info.Name)
+				known(t, "bitmap", err)
 			}
+			n.Close()
 		}
 		for _, cache := range []*cache{c.tables, c.clusters} {
 			if cache.used > cache.limit {
 				t.Errorf("a cache holds %d bytes", cache.used)
 			}
 		}
+
+		file := func() *memory { return &memory{b: bytes.Clone(b), limit: int64(len(b)) + 32<<20} }
+		writeAll(t, file(), known)
+		repaired := file()
+		r, err := newChain().node(repaired, "image").check(t.Context(), CheckOptions{Repair: RepairAll})
+		known(t, "repair", err)
+		if err != nil {
+			return
+		}
+		again, err := newChain().node(repaired, "image").check(t.Context(), CheckOptions{})
+		if err != nil || r.Clean() && !again.Clean() {
+			t.Errorf("repaired: %+v\nafter it: %v, %+v", r, err, again)
+		}
+		if again.Clean() {
+			writeAll(t, repaired, known)
+			if again, err = newChain().node(repaired, "image").check(t.Context(), CheckOptions{}); err != nil || again.Corruptions != 0 {
+				t.Errorf("repaired and written: %v, %+v", err, again)
+			}
+		}
 	})
+}
+
+// around calls f for stretches of a disk.
+func around(size int64, f func(off, length int64)) {
+	length := min(size, 64<<10)
+	for _, off := range []int64{0, size - length, size / 2} {
+		f(min(off, size-length), length)
+	}
+}
+
+// writeAll does everything to an image that can be done.
+func writeAll(t *testing.T, file *memory, known func(*testing.T, string, error)) {
+	t.Helper()
+	n, err := inMemory(t, map[string]*memory{"image": file}, false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return // its backing file
+	}
+	known(t, "open to write", err)
+	if err != nil {
+		return
+	}
+	around(n.Size(), func(off, length int64) {
+		known(t, "write", n.Writev([][]byte{bytes.Repeat([]byte{3}, int(length/2))}, off))
+		known(t, "compressed", n.WriteCompressed(make([]byte, length), off))
+		known(t, "discard", n.Discard(off, length/3))
+		known(t, "zeroes", n.WriteZeroes(off+length/2, length/3, false))
+		known(t, "flush", n.Flush())
+	})
+	known(t, "shrink", n.Resize(n.Size()/2/sector*sector))
+	known(t, "grow", n.Resize(n.Size()+1<<20))
+	known(t, "close", n.Close())
 }
