@@ -294,6 +294,21 @@ func indexSections(sections []Section) (map[string]Section, error) {
 	return byName, nil
 }
 
+// SavedUUID is the UUID of a saved machine; zero if its state does not tell.
+func SavedUUID(sections []Section) UUID {
+	var s struct{ UUID string }
+	for i := range sections {
+		if sections[i].Name == machinePart {
+			_ = json.Unmarshal(sections[i].Data, &s)
+		}
+	}
+	uuid, err := ParseUUID(s.UUID)
+	if err != nil {
+		return UUID{}
+	}
+	return uuid
+}
+
 // applyRestore gives cfg what the saved machine decides, before it is built.
 func (c *Config) applyRestore() (*machineState, error) {
 	sections, err := indexSections(c.Restore.Sections)

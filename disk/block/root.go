@@ -1,6 +1,8 @@
 package block
 
 import (
+	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 )
@@ -21,6 +23,8 @@ type Root struct {
 	// must be none.
 	requests sync.RWMutex
 	current  atomic.Pointer[holder]
+	// claim names who changes the nodes; "": nobody.
+	claim atomic.Pointer[string]
 	// recorders hear of what is written; nil: there are none.
 	recorders atomic.Pointer[[]Recorder]
 }
@@ -61,6 +65,25 @@ func NewRoot(n Node) *Root {
 
 // Current is the node that requests are passed on to.
 func (r *Root) Current() Node { return r.current.Load().Node }
+
+// ErrBusy is a disk whose nodes somebody else is changing.
+var ErrBusy = errors.New("disk is busy")
+
+// Claim has nobody else change the root's nodes until Release: who does so and
+// undoes it later must find what it left. by names the claimant to others.
+func (r *Root) Claim(by string) error {
+	if r.claim.CompareAndSwap(nil, &by) {
+		return nil
+	}
+	other := "another operation"
+	if p := r.claim.Load(); p != nil {
+		other = *p
+	}
+	return fmt.Errorf("%w: it is in use by %s: wait until that has ended", ErrBusy, other)
+}
+
+// Release ends a Claim.
+func (r *Root) Release() { r.claim.Store(nil) }
 
 // Swap has later requests go to n, when those under way have ended.
 func (r *Root) Swap(n Node) {

@@ -5,6 +5,7 @@ package guestmem
 import (
 	"errors"
 	"fmt"
+	"io"
 	"math/bits"
 	"sync/atomic"
 
@@ -104,9 +105,18 @@ func New(ranges []Range) (*Memory, error) {
 	return m, nil
 }
 
-// Close unmaps the memory. No slice of it may be used after.
+// Close unmaps the memory. No slice of it may be used after. A pager that is still
+// asked, and can be closed, is closed first: it must not meet what is mapped there
+// later.
 func (m *Memory) Close() error {
 	var errs []error
+	if l := m.pagers.list.Load(); l != nil {
+		for _, p := range *l {
+			if c, ok := p.(io.Closer); ok {
+				errs = append(errs, c.Close())
+			}
+		}
+	}
 	for _, r := range m.regions {
 		for _, mapping := range []*[]byte{&r.bytes, &r.guest} {
 			if *mapping != nil {

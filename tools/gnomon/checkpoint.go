@@ -63,6 +63,12 @@ machine. gnomon restore starts a machine from the file.`,
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
+		if *mode != "running" && *mode != "stop" {
+			return usageError(fmt.Errorf("--mode %q: running and stop are possible", *mode))
+		}
+		if *disks != "keep" && *disks != "copy" && *disks != "none" {
+			return usageError(fmt.Errorf("--disks %q: keep, copy and none are possible", *disks))
+		}
 		if *to == "" {
 			return usageError(errors.New("no --to: name the checkpoint file to make"))
 		}
@@ -88,7 +94,7 @@ machine. gnomon restore starts a machine from the file.`,
 			return fmt.Errorf("checkpoint %s: %w", args[0], err)
 		}
 		var raw json.RawMessage
-		if err := c.Execute(ctx, "__org.gnomon_query-checkpoint", nil, &raw); err != nil {
+		if err := c.Execute(ctx, "__org.gnomon_query-checkpoint", map[string]any{"file": arguments["file"]}, &raw); err != nil {
 			return err
 		}
 		if *output == "json" {

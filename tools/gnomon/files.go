@@ -100,6 +100,9 @@ func (p *plan) readFiles() error {
 			inputs = append(inputs, nameFile(file.flag+" "+file.path, file.path))
 		}
 	}
+	for _, path := range p.flags.checkpoint {
+		inputs = append(inputs, nameFile("the checkpoint "+path, path))
+	}
 	var disks []namedFile
 	for _, d := range p.disks {
 		disk := nameFile("--disk file="+d.path, d.path)

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -73,6 +75,7 @@ The exit status is that of gnomon run.`,
 			return err
 		}
 		defer image.Close()
+		f.checkpoint = append([]string{args[0]}, image.Parents()...)
 		if len(image.Recipe()) == 0 {
 			return fmt.Errorf("checkpoint %s does not say how to make its machine: it was not made by gnomon run; restore it by the library that made it", args[0])
 		}
@@ -130,7 +133,7 @@ func (o *overlays) over(image *snapshot.Image, checkpoint string, f *runFlags) e
 		return fmt.Errorf("checkpoint %s keeps %d disks, and its machine has %d: it is damaged, or name the disks by --disk", checkpoint, len(disks), len(f.disks))
 	}
 	for i, saved := range disks {
-		text, err := parseOptions("disk", f.disks[i], "file", "format", "readonly", "id", "serial", "queues")
+		text, err := parseOptions("disk", f.disks[i], "file", "format", "readonly", "id", "serial", "queues", "owner")
 		if err != nil {
 			return err
 		}
@@ -148,11 +151,21 @@ func (o *overlays) over(image *snapshot.Image, checkpoint string, f *runFlags) e
 	return nil
 }
 
-// remove removes them.
+// remove removes them, but those on which others lie: they belong to checkpoints
+// that were taken meanwhile.
 func (o *overlays) remove() {
 	for _, path := range o.paths {
+		if over, _ := filepath.Glob(globEscape(path) + ".*.qcow2"); len(over) > 0 {
+			report("%s stays: a checkpoint was taken of the machine, and %s lies on it", path, over[0])
+			continue
+		}
 		os.Remove(path)
 	}
+}
+
+// globEscape has a path match itself.
+func globEscape(path string) string {
+	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
 }
 
 type restoreFlags struct {

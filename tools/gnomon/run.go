@@ -42,7 +42,8 @@ type runFlags struct {
 	noRNG     bool
 	quiet     bool
 
-	restoring bool // of gnomon restore: the kernel may be missing
+	restoring  bool     // of gnomon restore: the kernel may be missing
+	checkpoint []string // files that are restored from
 }
 
 func newRunCommand() *cobra.Command {

@@ -193,14 +193,19 @@ func (mon *monitor) startBlockJob(s *qmp.Session, kind blockJobKind, d vmm.Attac
 	if _, err := s.Server().Jobs().Find(id); err == nil {
 		return qmp.Errorf("Job ID '%s' already in use", id)
 	}
+	if err := claim(d, "block job: "+string(kind)); err != nil {
+		return err
+	}
 	work, undo, err := begin(w)
 	if err != nil {
+		d.Root.Release()
 		return err
 	}
 	free := func() {
 		mon.blockJobs.mu.Lock()
 		defer mon.blockJobs.mu.Unlock()
 		delete(mon.blockJobs.byDisk, d.ID)
+		d.Root.Release()
 	}
 	started := make(chan struct{})
 	done := false
@@ -223,10 +228,19 @@ func (mon *monitor) startBlockJob(s *qmp.Session, kind blockJobKind, d vmm.Attac
 	})
 	if err != nil {
 		undo()
+		d.Root.Release()
 		return err
 	}
 	mon.blockJobs.byDisk[d.ID] = w
 	close(started)
+	return nil
+}
+
+// claim claims a disk, with QEMU's error.
+func claim(d vmm.AttachedDisk, by string) error {
+	if err := d.Root.Claim(by); err != nil {
+		return qmp.Errorf("Node '%s' is busy: %v", nodeName(d.ID, 0), err)
+	}
 	return nil
 }
 

@@ -121,6 +121,10 @@ func (mon *monitor) unlessBusy(d vmm.AttachedDisk, f func() error) error {
 	if w := mon.blockJobs.byDisk[d.ID]; w != nil {
 		return qmp.Errorf("Node '%s' is busy: block device is in use by block job: %s", nodeName(d.ID, 0), w.kind)
 	}
+	if err := claim(d, "another command"); err != nil {
+		return err
+	}
+	defer d.Root.Release()
 	return f()
 }
 

@@ -90,7 +90,7 @@ type checkpoints struct {
 	pager *pager.Pager // nil: the machine was not restored
 
 	mu   sync.Mutex
-	last *snapshot.Report // guarded by mu
+	last []*snapshot.Report // the newest last, up to keptReports; guarded by mu
 }
 
 func (mon *monitor) registerCheckpoint(reg *qmp.Registry) {
@@ -98,8 +98,8 @@ func (mon *monitor) registerCheckpoint(reg *qmp.Registry) {
 	if c.saver != nil {
 		qmp.Register(reg, "__org.gnomon_checkpoint", mon.checkpoint)
 		mon.registerSnapshots(reg)
-		qmp.Register(reg, "__org.gnomon_query-checkpoint", func(context.Context, *qmp.Session, qmp.Empty) (checkpointData, error) {
-			return c.report()
+		qmp.Register(reg, "__org.gnomon_query-checkpoint", func(_ context.Context, _ *qmp.Session, a checkpointQuery) (checkpointData, error) {
+			return c.report(a.File)
 		})
 	}
 	if c.pager != nil {
@@ -140,13 +140,25 @@ func (c *checkpoints) save(ctx context.Context, file string, o snapshot.SaveOpti
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.last = r
+	c.last = append(c.last[max(0, len(c.last)+1-keptReports):], r)
 	return nil
 }
 
-func (c *checkpoints) report() (checkpointData, error) {
+// keptReports is how many reports are kept for those who ask for theirs.
+const keptReports = 64
+
+type checkpointQuery struct {
+	File *string `qmp:"file"` // of the save that is asked for; absent: the last
+}
+
+func (c *checkpoints) report(file *string) (checkpointData, error) {
+	var r *snapshot.Report
 	c.mu.Lock()
-	r := c.last
+	for _, x := range c.last {
+		if file == nil || x.File == *file {
+			r = x
+		}
+	}
 	c.mu.Unlock()
 	if r == nil {
 		return checkpointData{}, qmp.Errorf("No checkpoint was taken of this machine")

@@ -55,7 +55,7 @@ func (mon *monitor) snapshotSave(_ context.Context, s *qmp.Session, a snapshotAr
 		if err != nil {
 			return err
 		}
-		switch found, err := findTag(images, a.Tag); {
+		switch found, err := findTag(images, a.Tag, mon.m.UUID()); {
 		case err != nil:
 			return err
 		case found != "":
@@ -71,7 +71,7 @@ func (mon *monitor) snapshotLoad(_ context.Context, s *qmp.Session, a snapshotAr
 		if err != nil {
 			return err
 		}
-		path, err := findTag(images, a.Tag)
+		path, err := findTag(images, a.Tag, mon.m.UUID())
 		if err != nil {
 			return err
 		}
@@ -91,7 +91,7 @@ func (mon *monitor) snapshotDelete(_ context.Context, s *qmp.Session, a snapshot
 			if err != nil {
 				return err
 			}
-			path, err := findTag(images, a.Tag)
+			path, err := findTag(images, a.Tag, mon.m.UUID())
 			if err != nil {
 				return err
 			}
@@ -119,7 +119,7 @@ func errNoSnapshot(tag string) error {
 // vmstate, that in use first. devices, where not nil, are all disks that can be
 // written: a machine is not itself with some of its disks at another time.
 func (mon *monitor) snapshotImages(tag, vmstate string, devices []string) ([]string, error) {
-	if tag == "" || strings.ContainsAny(tag, "/\x00") || len(tag) > 128 {
+	if tag == "" || strings.ContainsAny(tag, "/\x00") || strings.Contains(tag, ".qcow2") || len(tag) > 128 {
 		return nil, fmt.Errorf("tag '%s' cannot be part of a file's name", tag)
 	}
 	for _, name := range devices {
@@ -147,8 +147,19 @@ func (mon *monitor) snapshotImages(tag, vmstate string, devices []string) ([]str
 	return images, nil
 }
 
+// ofMachine tells whether a checkpoint was taken of the machine. An overlay's name
+// may be that of another machine's disk.
+func ofMachine(path string, uuid vmm.UUID) bool {
+	i, err := snapshot.Open(path)
+	if err != nil {
+		return false
+	}
+	defer i.Close()
+	return i.UUID() == uuid
+}
+
 // findTag returns the checkpoint of a tag, or "".
-func findTag(images []string, tag string) (string, error) {
+func findTag(images []string, tag string, uuid vmm.UUID) (string, error) {
 	for _, image := range images {
 		entries, err := os.ReadDir(filepath.Dir(image))
 		if err != nil {
@@ -161,8 +172,9 @@ func findTag(images []string, tag string) (string, error) {
 				continue
 			}
 			overlay, ok := strings.CutSuffix(rest, tag+tagSuffix)
-			if ok && (overlay == "" || strings.HasSuffix(overlay, ".qcow2.")) {
-				return filepath.Join(filepath.Dir(image), e.Name()), nil
+			path := filepath.Join(filepath.Dir(image), e.Name())
+			if ok && (overlay == "" || strings.HasSuffix(overlay, ".qcow2.") && ofMachine(path, uuid)) {
+				return path, nil
 			}
 		}
 	}

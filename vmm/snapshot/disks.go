@@ -3,6 +3,7 @@ package snapshot
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -28,6 +29,7 @@ type SavedDisk struct {
 // overlay in which the machine goes on, or by copying them.
 type keeper struct {
 	disks    []keptDisk
+	claimed  []*block.Root
 	switched bool
 	done     bool // the checkpoint is complete
 }
@@ -44,15 +46,18 @@ type keptDisk struct {
 
 // keepDisks prepares it, ahead of the pause: images are made, and what is to be
 // kept is written to the disk, so that little is left to do.
-func keepDisks(m *vmm.Machine, checkpoint string, o SaveOptions) (k *keeper, err error) {
-	k = &keeper{}
-	defer func() {
-		if err != nil {
-			k.undo()
-		}
-	}()
-	if checkpoint, err = filepath.Abs(checkpoint); err != nil {
+func keepDisks(m *vmm.Machine, checkpoint string, o SaveOptions) (*keeper, error) {
+	k := &keeper{}
+	if err := k.prepare(m, checkpoint, o); err != nil {
+		k.undo()
 		return nil, err
+	}
+	return k, nil
+}
+
+func (k *keeper) prepare(m *vmm.Machine, checkpoint string, o SaveOptions) (err error) {
+	if checkpoint, err = filepath.Abs(checkpoint); err != nil {
+		return err
 	}
 	tag := o.Tag
 	if tag == "" {
@@ -62,7 +67,14 @@ func keepDisks(m *vmm.Machine, checkpoint string, o SaveOptions) (k *keeper, err
 		info := d.Node.Info()
 		kept := keptDisk{root: d.Root, SavedDisk: SavedDisk{ID: d.ID, Format: info.Format, ReadOnly: d.Node.ReadOnly(), Size: d.Node.Size()}}
 		if kept.File, err = filepath.Abs(info.Filename); err != nil {
-			return nil, err
+			return err
+		}
+		if !kept.ReadOnly {
+			// A job that changes the disk's nodes meanwhile would undo what is done here.
+			if err := d.Root.Claim("checkpoint"); err != nil {
+				return fmt.Errorf("disk %s: %w", d.ID, err)
+			}
+			k.claimed = append(k.claimed, d.Root)
 		}
 		switch {
 		case kept.ReadOnly:
@@ -72,17 +84,20 @@ func keepDisks(m *vmm.Machine, checkpoint string, o SaveOptions) (k *keeper, err
 			err = kept.prepareOverlay(kept.File + "." + tag + ".qcow2")
 		}
 		if err != nil {
-			return nil, fmt.Errorf("disk %s: %w", d.ID, err)
+			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
 		k.disks = append(k.disks, kept)
 	}
-	return k, nil
+	return nil
 }
 
 func (d *keptDisk) prepareOverlay(path string) error {
 	base, ok := d.root.Current().(block.Freezer)
 	if !ok {
 		return fmt.Errorf("a disk of format %s cannot be kept: have it copied", d.Format)
+	}
+	if st, err := os.Stat(d.File); err != nil || !st.Mode().IsRegular() {
+		return errors.Join(err, errors.New("an overlay beside a device would be in memory: use --disks copy"))
 	}
 	if err := base.Flush(); err != nil {
 		return err
@@ -166,6 +181,12 @@ func (k *keeper) finish(ctx context.Context) error {
 // uses. After switchOver machines use their overlays: then their disks are right
 // as they are, with one more image each.
 func (k *keeper) undo() {
+	defer func() {
+		for _, root := range k.claimed {
+			root.Release()
+		}
+		k.claimed = nil
+	}()
 	for i := range k.disks {
 		d := &k.disks[i]
 		if d.copier != nil {

@@ -62,6 +62,12 @@ func (i *Image) read() error {
 	return nil
 }
 
+// UUID is that of the machine that was saved; zero if its state does not tell.
+func (i *Image) UUID() vmm.UUID { return vmm.SavedUUID(i.state) }
+
+// Parents are the paths of the files that the checkpoint needs beside its own.
+func (i *Image) Parents() []string { return i.reader.Parents() }
+
 // Recipe is what NewSaver was given; nil: nothing.
 func (i *Image) Recipe() []byte { return i.recipe }
 

@@ -142,6 +142,7 @@ func (s *Saver) trackFromHere() error {
 // replacer puts a machine's disks back to those of a checkpoint.
 type replacer struct {
 	disks    []replacedDisk
+	claimed  []*block.Root
 	switched bool
 }
 
@@ -152,13 +153,16 @@ type replacedDisk struct {
 }
 
 // replaceDisks makes the overlays in which the machine will write.
-func replaceDisks(m *vmm.Machine, i *Image, tag string) (r *replacer, err error) {
-	r = &replacer{}
-	defer func() {
-		if err != nil {
-			r.undo()
-		}
-	}()
+func replaceDisks(m *vmm.Machine, i *Image, tag string) (*replacer, error) {
+	r := &replacer{}
+	if err := r.prepare(m, i, tag); err != nil {
+		r.undo()
+		return nil, err
+	}
+	return r, nil
+}
+
+func (r *replacer) prepare(m *vmm.Machine, i *Image, tag string) error {
 	saved := map[string]*SavedDisk{}
 	for n := range i.disks {
 		saved[i.disks[n].ID] = &i.disks[n]
@@ -169,24 +173,28 @@ func replaceDisks(m *vmm.Machine, i *Image, tag string) (r *replacer, err error)
 		}
 		was := saved[d.ID]
 		if was == nil || was.ReadOnly {
-			return nil, fmt.Errorf("disk %s: the checkpoint does not hold it", d.ID)
+			return fmt.Errorf("disk %s: the checkpoint does not hold it", d.ID)
 		}
 		if was.Size != d.Node.Size() {
-			return nil, fmt.Errorf("disk %s: it has %d bytes and had %d", d.ID, d.Node.Size(), was.Size)
+			return fmt.Errorf("disk %s: it has %d bytes and had %d", d.ID, d.Node.Size(), was.Size)
 		}
+		if err := d.Root.Claim("snapshot-load"); err != nil {
+			return fmt.Errorf("disk %s: %w", d.ID, err)
+		}
+		r.claimed = append(r.claimed, d.Root)
 		path, err := freeName(was.File, tag)
 		if err != nil {
-			return nil, fmt.Errorf("disk %s: %w", d.ID, err)
+			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
 		if err := was.OverlayDisk(path); err != nil {
-			return nil, err
+			return err
 		}
 		r.disks = append(r.disks, replacedDisk{root: d.Root, path: path})
 		if r.disks[len(r.disks)-1].overlay, err = qcow2.Open(path, false); err != nil {
-			return nil, fmt.Errorf("disk %s: %w", d.ID, err)
+			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
 	}
-	return r, nil
+	return nil
 }
 
 // freeName is a name for another overlay of an image.
@@ -214,6 +222,12 @@ func (r *replacer) switchOver() error {
 
 // undo removes overlays that are not in use.
 func (r *replacer) undo() {
+	defer func() {
+		for _, root := range r.claimed {
+			root.Release()
+		}
+		r.claimed = nil
+	}()
 	if r.switched {
 		return
 	}

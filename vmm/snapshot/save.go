@@ -170,8 +170,9 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 		if err := tracker.Start(); err != nil {
 			return nil, err
 		}
-		// What was written up to now need not be collected during the pause.
-		if err := tracker.Collect(func(uint64, uint64) {}); err != nil {
+		// What was written up to now need not be collected during the pause. It is
+		// kept, for a child of the last checkpoint, should this save fail.
+		if err := tracker.CollectInto(s.since); err != nil {
 			return nil, err
 		}
 	}
@@ -291,9 +292,8 @@ func (s *Saver) freeze(c *capture.Capture, disks *keeper, o SaveOptions, r *Repo
 			err = s.since.Merge(more)
 		}
 	} else {
-		// What was written until now is in this file.
-		err = s.m.Dirty().Collect(func(uint64, uint64) {})
-		s.since.Reset()
+		// What was written until now will be in this file, if it is completed.
+		err = s.m.Dirty().CollectInto(s.since)
 	}
 	if err != nil {
 		return nil, nil, err

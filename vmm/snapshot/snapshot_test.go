@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -372,5 +373,59 @@ func TestDamagedBlock(t *testing.T) {
 		if bad, _ := badOf(t, probe.Parse(next.serial.String())); bad != 0 {
 			t.Errorf("%s: the guest read %d wrong pages", policy, bad)
 		}
+	}
+}
+
+// A machine that cannot be made of a checkpoint, because its devices are others, is
+// refused; nothing hangs, and nothing is left.
+func TestRestoreOfOtherDevices(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c")
+	r := start(t, "fill size=16M; spin", nil)
+	r.serial.waitFor(t, "probe: fill")
+	if _, err := snapshot.NewSaver(r.Machine, nil, nil).Save(context.Background(), path, snapshot.SaveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		image, err := snapshot.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := image.Restore(vmm.Config{Log: t.Logf, NoRNG: true}, snapshot.Options{Policy: pager.Locality}); !errors.Is(err, vmm.ErrRestore) {
+			t.Errorf("got %v", err)
+		}
+		if err := image.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A save of everything that fails does not have a child of the checkpoint before it
+// lack what was written until then.
+func TestChildAfterFailedSave(t *testing.T) {
+	dir := t.TempDir()
+	first, child := filepath.Join(dir, "first"), filepath.Join(dir, "child")
+	r := start(t, "fill size=16M seed=1; wait by=mailbox; fill size=16M seed=2; wait by=mailbox; verify size=16M seed=2", nil)
+	r.serial.waitFor(t, "wait for=line")
+	s := snapshot.NewSaver(r.Machine, nil, nil)
+	if _, err := s.Save(context.Background(), first, snapshot.SaveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	r.release(t)
+	for strings.Count(r.serial.String(), "wait for=line") < 2 {
+		r.serial.waitFor(t, "probe: fill")
+		time.Sleep(time.Millisecond) // the second is what is waited for
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	if _, err := s.Save(ctx, filepath.Join(dir, "failed"), snapshot.SaveOptions{Progress: func(int64, int64) { cancel() }}); !errors.Is(err, context.Canceled) {
+		t.Fatalf("got %v", err)
+	}
+	if _, err := s.Save(context.Background(), child, snapshot.SaveOptions{Parent: first}); err != nil {
+		t.Fatal(err)
+	}
+	next, _ := restored(t, child, snapshot.Options{Policy: pager.Locality})
+	next.release(t)
+	results := next.results(t)
+	if last := results.Lines[len(results.Lines)-1]; last.Values["bad"] != "0" {
+		t.Errorf("%+v", last)
 	}
 }
