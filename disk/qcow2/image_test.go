@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -264,7 +265,8 @@ func firstDifference(a, b []byte) int {
 	return len(a)
 }
 
-// TestImages reads what QEMU made as QEMU does, and as another reader does.
+// TestImages: what QEMU made is read, mapped and checked as QEMU does, and read as
+// another reader does.
 func TestImages(t *testing.T) {
 	for _, tt := range images {
 		t.Run(tt.name, func(t *testing.T) {
@@ -294,6 +296,14 @@ func TestImages(t *testing.T) {
 				wg.Go(func() { randomReads(t, n, opinion, want, w) })
 			}
 			wg.Wait()
+
+			if r := agree(t, path); !r.Clean() {
+				t.Errorf("%+v", r)
+			}
+			compareMaps(t, path)
+			if tt.name == "preallocated tables" && !slices.EqualFunc(mapByUs(t, n), mapByQEMU(t, path), func(a, b mapped) bool { return a.Length == b.Length && a.Zero == b.Zero }) {
+				t.Errorf("what was not written: %+v", mapByUs(t, n))
+			}
 		})
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"testing"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
@@ -134,20 +133,4 @@ func after(m *mapped) *int64 {
 	}
 	end := *m.Offset + m.Length
 	return &end
-}
-
-// TestMap: every image is mapped as qemu-img map says.
-func TestMap(t *testing.T) {
-	for _, tt := range images {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			tt.make(t, dir)
-			path := filepath.Join(dir, "image.qcow2")
-			compareMaps(t, path)
-			if tt.name == "preallocated tables" && !slices.EqualFunc(mapByUs(t, mustOpen(t, path)), mapByQEMU(t, path), func(a, b mapped) bool { return a.Length == b.Length && a.Zero == b.Zero }) {
-				t.Errorf("what was not written: %+v", mapByUs(t, mustOpen(t, path)))
-			}
-		})
-	}
 }

@@ -44,8 +44,9 @@ func (d *disk) open() {
 func (d *disk) close() {
 	d.t.Helper()
 	d.must(d.n.Close())
-	agree(d.t, d.path())
-	clean(d.t, d.path())
+	if r := agree(d.t, d.path()); !r.Clean() {
+		d.t.Fatalf("%+v", r)
+	}
 	same(d.t, d.path(), d.model)
 	compareMaps(d.t, d.path())
 	if d.dirty != nil {
@@ -212,13 +213,23 @@ func (d *disk) run(rounds, actions int) {
 	d.close()
 }
 
+// effort is how much more than usual the tests do that are random, each time in
+// another way: a number, by an environment variable.
+func effort() int {
+	n := 1
+	fmt.Sscan(os.Getenv("QCOW2_TEST_EFFORT"), &n)
+	return n
+}
+
 // TestModel: whatever is done to an image, it holds what its model holds, QEMU
 // finds nothing wrong with it, and maps it as we do.
 func TestModel(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		o    CreateOptions
-		qemu string // options of qemu-img create, in place of ours
+		qemu string // options of qemu-img, in place of ours
+
+		compressed bool // there is something on the disk before
 	}{
 		{name: "plain"},
 		{name: "version 2", o: CreateOptions{Version: 2}},
@@ -233,12 +244,18 @@ func TestModel(t *testing.T) {
 		{name: "QEMU's, preallocated", qemu: "preallocation=metadata"},
 		{name: "QEMU's, counts of 4 bits", qemu: "refcount_bits=4,cluster_size=8k"},
 		{name: "QEMU's, lazy", qemu: "lazy_refcounts=on"},
+		{name: "QEMU's, compressed", qemu: "compression_type=zlib", compressed: true},
+		{name: "QEMU's, compressed by zstd", qemu: "compression_type=zstd", compressed: true},
 		{name: "QEMU's of version 2", qemu: "compat=0.10,cluster_size=128k"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			const size = 3<<20 + 512*3
 			d := &disk{t: t, r: rand.New(rand.NewPCG(7, uint64(len(tt.name)))), dir: t.TempDir(), names: []string{"0.qcow2"}, o: tt.o, model: make([]byte, size)}
-			if tt.qemu != "" {
+			if tt.compressed {
+				d.model = mixed(1, size)
+				writeFile(t, filepath.Join(d.dir, "source"), d.model)
+				qemuImg(t, "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", tt.qemu, filepath.Join(d.dir, "source"), d.path())
+			} else if tt.qemu != "" {
 				create(t, d.dir, "0.qcow2", fmt.Sprint(size), tt.qemu)
 			} else {
 				d.o.Size = size
@@ -248,7 +265,7 @@ func TestModel(t *testing.T) {
 			if d.n.header.Version > 2 {
 				d.addBitmap()
 			}
-			d.run(8, 40)
+			d.run(5*effort(), 60)
 		})
 	}
 }

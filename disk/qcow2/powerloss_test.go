@@ -210,7 +210,7 @@ type moment struct {
 // opens; each sector holds what was flushed last or was written since; nothing but
 // space is lost; and a bitmap that counts knows of all that changed.
 func TestPowerLoss(t *testing.T) {
-	const size = 192 << 10
+	const size = 128 << 10
 	cuts := 0
 	for i, o := range []CreateOptions{
 		{ClusterSize: 512},
@@ -220,19 +220,21 @@ func TestPowerLoss(t *testing.T) {
 		{ClusterSize: 4096, Backing: "base", BackingFormat: "raw"},
 		{ClusterSize: 2048, Backing: "base", BackingFormat: "raw", Version: 2},
 	} {
-		r := rand.New(rand.NewPCG(11, uint64(i)))
 		o.Size = size
 		first, err := o.encode()
 		if err != nil {
 			t.Fatal(err)
 		}
-		base := &memory{b: mixed(4, size/2), readOnly: true}
-		content := make([]byte, size)
-		if o.Backing != "" {
-			copy(content, base.b)
+		for seed := range effort() {
+			r := rand.New(rand.NewPCG(uint64(seed), uint64(i)))
+			base := &memory{b: mixed(4, size/2), readOnly: true}
+			content := make([]byte, size)
+			if o.Backing != "" {
+				copy(content, base.b)
+			}
+			moments, log := workload(t, r, slices.Clone(first), base, content)
+			cuts += cut(t, r, first, base, moments, log, o)
 		}
-		moments, log := workload(t, r, slices.Clone(first), base, content)
-		cuts += cut(t, r, first, base, moments, log, o)
 	}
 	t.Logf("%d cuts", cuts)
 }
@@ -260,7 +262,7 @@ func workload(t *testing.T, r *rand.Rand, first []byte, base *memory, content []
 	for range 3 {
 		n, err := inMemory(t, map[string]*memory{"image": file, "base": base}, false)
 		must(err)
-		for range 50 {
+		for range 30 {
 			off := r.Int64N(s.size)
 			length := min(1+r.Int64N(12<<10), s.size-off)
 			part := s.now[off : off+length]

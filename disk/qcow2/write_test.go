@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -44,124 +43,6 @@ func same(t testing.TB, path string, want []byte) {
 		t.Fatal(err)
 	}
 	qemuImg(t, "compare", "-F", "raw", path, model)
-}
-
-// act does something at random to a disk and to its model.
-func act(t testing.TB, r *rand.Rand, n block.Node, model []byte) {
-	t.Helper()
-	length := 1 + r.Int64N(64<<10)
-	if r.IntN(4) == 0 {
-		length = 1 + r.Int64N(1<<20)
-	}
-	off := r.Int64N(int64(len(model)))
-	length = min(length, int64(len(model))-off)
-	part := model[off : off+length]
-	var err error
-	switch r.IntN(8) {
-	case 0:
-		err = n.WriteZeroes(off, length, r.IntN(2) == 0)
-		clear(part)
-	case 1:
-		if err = n.Discard(off, length); err == nil {
-			// Zero or as it was: the disk says which.
-			err = n.Readv([][]byte{part}, off)
-		}
-	case 2:
-		err = n.Flush()
-	case 3:
-		got := make([]byte, length)
-		if err = n.Readv([][]byte{got}, off); err == nil && !bytes.Equal(got, part) {
-			t.Fatalf("%d bytes at %d are wrong", length, off)
-		}
-	default:
-		for i := range part {
-			part[i] = byte(r.Uint32())
-		}
-		cut := r.Int64N(length + 1)
-		err = n.Writev([][]byte{part[:cut], part[cut:]}, off)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// Whatever is done to an image, it holds what its model holds, before and after
-// it is closed, and QEMU finds nothing wrong with it.
-func TestWritesAgainstModel(t *testing.T) {
-	const size = 6<<20 + 512*3
-	for _, create := range []struct{ name, options, backing string }{
-		{"ours", "", ""},
-		{"ours small clusters", "512", ""},
-		{"ours over raw", "", "raw"},
-		{"ours over qcow2", "4096", "qcow2"},
-		{"QEMU's", "cluster_size=64k", ""},
-		{"QEMU's of 512", "cluster_size=512", ""},
-		{"QEMU's of 2M", "cluster_size=2M,preallocation=metadata", ""},
-		{"QEMU's compressed", "compress", ""},
-		{"QEMU's zstd", "compress zstd", ""},
-	} {
-		t.Run(create.name, func(t *testing.T) {
-			dir := t.TempDir()
-			path := filepath.Join(dir, "image")
-			r := rand.New(rand.NewPCG(7, uint64(len(create.name))))
-			model := make([]byte, size)
-			base := filepath.Join(dir, "base")
-			if create.backing != "" || strings.HasPrefix(create.options, "compress") {
-				copy(model[1<<20:], bytes.Repeat([]byte("what was there before "), 100000))
-				if err := os.WriteFile(base+".raw", model, 0o600); err != nil {
-					t.Fatal(err)
-				}
-			}
-			switch {
-			case strings.HasPrefix(create.options, "compress"):
-				kind := "zlib"
-				if strings.HasSuffix(create.options, "zstd") {
-					kind = "zstd"
-				}
-				qemuImg(t, "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "compression_type="+kind, base+".raw", path)
-			case strings.Contains(create.options, "="):
-				qemuImg(t, "create", "-q", "-f", "qcow2", "-o", create.options, path, fmt.Sprint(size))
-			default:
-				o := CreateOptions{Size: size, BackingFormat: create.backing}
-				fmt.Sscan(create.options, &o.ClusterSize)
-				switch create.backing {
-				case "raw":
-					o.Backing = "base.raw"
-				case "qcow2":
-					qemuImg(t, "convert", "-f", "raw", "-O", "qcow2", base+".raw", base+".qcow2")
-					o.Backing = "base.qcow2"
-				}
-				if err := Create(path, o); err != nil {
-					t.Fatal(err)
-				}
-			}
-			clean(t, path)
-			for range 4 {
-				n, err := Open(path, false)
-				if err != nil {
-					t.Fatal(err)
-				}
-				for range 60 {
-					act(t, r, n, model)
-				}
-				got := make([]byte, size)
-				if err := n.Readv([][]byte{got}, 0); err != nil || !bytes.Equal(got, model) {
-					t.Fatalf("the image holds something else: %v", err)
-				}
-				if err := n.Close(); err != nil {
-					t.Fatal(err)
-				}
-				clean(t, path)
-				same(t, path, model)
-			}
-			if create.backing != "" {
-				if err := Commit(context.Background(), path, nil); err != nil {
-					t.Fatal(err)
-				}
-				same(t, base+"."+create.backing, model)
-			}
-		})
-	}
 }
 
 // Several writers at once, each in its own places, clusters shared.
@@ -336,5 +217,64 @@ func TestOverlay(t *testing.T) {
 	}
 	if err := CreateOver(base, disk); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("an overlay in place of a file that is there: %v", err)
+	}
+}
+
+// What cannot be written is refused, and says what helps.
+func TestNotWritten(t *testing.T) {
+	for _, tt := range []struct {
+		name, options, says string
+		after               []string
+		is                  error
+	}{
+		{"internal snapshots", "compat=1.1", "internal snapshots", []string{"snapshot", "-c", "one", "image.qcow2"}, ErrUnsupported},
+		{"subclusters", "extended_l2=on", "subclusters", nil, ErrUnsupported},
+		{"data file", "data_file=data.raw", "data file", nil, ErrUnsupported},
+	} {
+		dir := t.TempDir()
+		create(t, dir, "image.qcow2", "1M", tt.options)
+		if tt.after != nil {
+			qemu(t, dir, "qemu-img", tt.after...)
+		}
+		path := filepath.Join(dir, "image.qcow2")
+		before, _ := os.ReadFile(path)
+		if _, err := Open(path, false); !errors.Is(err, tt.is) || !strings.Contains(err.Error(), tt.says) || !strings.Contains(err.Error(), "readonly=on") {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		if now, _ := os.ReadFile(path); !bytes.Equal(now, before) {
+			t.Errorf("%s: the image was changed", tt.name)
+		}
+	}
+}
+
+// An image whose counts QEMU left behind is repaired when it is opened, and one
+// that is damaged otherwise is not touched.
+func TestOpenRepairsCounts(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "image.qcow2")
+	create(t, dir, "image.qcow2", "10M", "lazy_refcounts=on")
+	// QEMU ends as if it were killed.
+	_ = exec.Command("qemu-io", "-f", "qcow2", "-c", "write -P 5 1M 3M", "-c", "flush", "-c", "abort", path).Run()
+	if r := checkByUs(t, path, RepairNone); r.Corruptions == 0 {
+		t.Fatalf("QEMU left nothing to repair: %+v", r)
+	}
+	n, err := Open(path, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := make([]byte, 10<<20)
+	copy(want[1<<20:], bytes.Repeat([]byte{5}, 3<<20))
+	if !bytes.Equal(readAll(t, n), want) {
+		t.Error("the disk holds something else")
+	}
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	clean(t, path)
+	p := placesOf(t, path)
+	patch(t, path, p.l2, be64(1<<50))
+	patch(t, path, 72, be64(FeatureDirty))
+	if _, err := Open(path, false); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "entry 0") {
+		t.Errorf("an entry that leads nowhere: %v", err)
 	}
 }
