@@ -1,8 +1,8 @@
 #!/bin/sh
-# Runs every fuzz target of the module: what takes a guest's, a file's or a
-# peer's own format for the given time (default 30s), the others for a tenth of
-# the seconds. A target that finds something fails the run and leaves its input
-# under the package's testdata/fuzz, to be committed with the mend.
+# Runs every fuzz target of the module, two at a time: what takes a guest's, a
+# file's or a peer's own format for the given time (default 30s), the others for a
+# tenth of the seconds. A target that finds something fails the run and leaves its
+# input under the package's testdata/fuzz, to be committed with the mend.
 set -eu
 time=${1:-30s}
 seconds=${time%s}
@@ -16,7 +16,7 @@ grep -rlE '^func Fuzz[A-Z]' --include='*_test.go' . | sort | while read -r file;
 		*" $target "*) for_seconds=$seconds ;;
 		*) for_seconds=$((seconds / 10 + 1)) ;;
 		esac
-		# Little of the time goes into making interesting inputs small.
-		go test -run '^$' -fuzz "^$target\$" -fuzztime "${for_seconds}s" -fuzzminimizetime 10x "$package" || exit 1
-	done || exit 1
-done
+		echo "$target" "$for_seconds" "$package"
+	done
+done | # Little of the time goes into making interesting inputs small.
+	xargs -P 2 -L 1 sh -c 'go test -run "^$" -parallel 1 -fuzz "^$0\$" -fuzztime "$1s" -fuzzminimizetime 10x "$2"'
