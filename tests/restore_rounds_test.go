@@ -20,8 +20,8 @@ import (
 	"github.com/gnomon-vmm/gnomon/vmm/virtio"
 )
 
-// away is how many frames a mirror keeps: they are under way at every instant.
-const away = 3
+// keptBack is how many frames a mirror keeps: they are under way at every instant.
+const keptBack = 3
 
 // mirror is the other end of a guest's network: it sends every frame back, in
 // order, the last ones late. What waits in it when the machine stops belongs to
@@ -37,7 +37,7 @@ type mirror struct {
 }
 
 func newMirror(waiting [][]byte) *mirror {
-	return &mirror{moved: make(chan struct{}, 1), waiting: waiting, keep: away}
+	return &mirror{moved: make(chan struct{}, 1), waiting: waiting, keep: keptBack}
 }
 
 func (m *mirror) Offloads() uint64 { return 0 }
@@ -411,7 +411,7 @@ func testRestoreRounds(t *testing.T, cpus int, format string, count int) {
 	if got, want := found(net, "sent"), int64(frames+last.frames); got != want || found(net, "received") != want {
 		t.Errorf("the guest sent %d frames and received %d, and %d came to the other end", got, found(net, "received"), want)
 	}
-	if waited < count*away {
+	if waited < count*keptBack {
 		t.Errorf("only %d frames were away when machines stopped", waited)
 	}
 	if faults == 0 {

@@ -60,6 +60,7 @@ const (
 	CommandLink       Command = "link"        // LinkArgs -> LinkResult
 	CommandHTTPGet    Command = "http-get"    // HTTPGetArgs -> HTTPGetResult
 	CommandEchoTest   Command = "echo-test"   // EchoTestArgs -> SumResult
+	CommandConverse   Command = "converse"    // ConverseArgs -> ConverseResult
 	CommandRandom     Command = "random"      // RandomArgs -> DataResult
 	CommandMemInfo    Command = "meminfo"     // - -> MemInfoResult
 	CommandFill       Command = "fill"        // FillArgs -> SumResult
@@ -67,6 +68,7 @@ const (
 	CommandForget     Command = "forget"      // NameArgs
 	CommandBurn       Command = "burn"        // BurnArgs -> BurnResult
 	CommandClocks     Command = "clocks"      // - -> ClocksResult
+	CommandWatchClock Command = "watch-clock" // WatchClockArgs -> WatchClockResult
 	CommandSleep      Command = "sleep"       // SleepArgs
 	CommandDmesg      Command = "dmesg"       // DmesgArgs -> TextResult
 	CommandEvents     Command = "events"      // - -> EventsResult
@@ -229,6 +231,21 @@ type (
 		Size    int64  `json:"size"`
 	}
 
+	// ConverseArgs is as EchoTestArgs for a connection that stays until the
+	// request is cancelled: ConversePiece bytes go to and fro, then nothing for
+	// MS milliseconds.
+	ConverseArgs struct {
+		Network string `json:"network"`
+		Address string `json:"address"`
+		Seed    uint64 `json:"seed"`
+		MS      int64  `json:"ms"`
+	}
+	// ConverseResult counts the pieces, and those that came back changed.
+	ConverseResult struct {
+		Rounds int64 `json:"rounds"`
+		Wrong  int64 `json:"wrong"`
+	}
+
 	// RandomArgs reads a source of random bytes, at most MaxOutput of them.
 	RandomArgs struct {
 		Source string `json:"source"` // a device, /dev/hwrng or /dev/random
@@ -265,6 +282,19 @@ type (
 		Boottime  int64  `json:"boottime_ns"`
 		Source    string `json:"source"` // current clock source
 	}
+	// WatchClockArgs has the monotonic clock read on all processors, with naps
+	// of MS milliseconds between, until the request is cancelled.
+	WatchClockArgs struct {
+		MS int64 `json:"ms"`
+	}
+	// WatchClockResult counts readings, those that were before an earlier one
+	// of any processor, naps, and those that were too short.
+	WatchClockResult struct {
+		Samples int64 `json:"samples"`
+		Back    int64 `json:"back"`
+		Naps    int64 `json:"naps"`
+		Early   int64 `json:"early"`
+	}
 	// SleepArgs is how long to do nothing.
 	SleepArgs struct {
 		MS int64 `json:"ms"`
@@ -278,6 +308,9 @@ type (
 		PowerButton uint64 `json:"power_button"`
 	}
 )
+
+// ConversePiece is how many bytes go to and fro at a time in a conversation.
+const ConversePiece = 4096
 
 // MaxOutput is the most bytes of output, file or randomness one reply carries.
 const MaxOutput = 256 << 10

@@ -61,10 +61,18 @@ func acceptVsock(port uint32, serve func(*os.File)) error {
 	return nil
 }
 
+// dialPatience is how long a connection may take to be made: by itself the
+// kernel waits for two seconds, in which a slow host may have done nothing.
+const dialPatience = 60 // seconds
+
 // dialVsock connects to a port of the host (cid 2) or of another guest.
 func dialVsock(cid, port uint32) (*os.File, error) {
 	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
+		return nil, err
+	}
+	if err := unix.SetsockoptTimeval(fd, unix.AF_VSOCK, unix.SO_VM_SOCKETS_CONNECT_TIMEOUT, &unix.Timeval{Sec: dialPatience}); err != nil {
+		_ = unix.Close(fd)
 		return nil, err
 	}
 	if err := unix.Connect(fd, &unix.SockaddrVM{CID: cid, Port: port}); err != nil {
