@@ -27,25 +27,28 @@ const limit = 15 * time.Minute
 var gnomon string // the command under test
 
 func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "gnomon-tests")
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer os.RemoveAll(dir)
-		gnomon = filepath.Join(dir, "gnomon")
-		build := exec.Command("go", "build", "-o", gnomon, "./tools/gnomon")
-		build.Dir = ".."
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			fmt.Fprintf(os.Stderr, "build gnomon: %v\n%s", err, out)
-			return 1
-		}
-		// Machines of these tests are apart from the user's.
-		os.Setenv("GNOMON_RUNTIME_DIR", filepath.Join(dir, "run"))
-		return m.Run()
-	}())
+	os.Exit(inNetwork(func() int { return testGnomon(m) }))
+}
+
+// testGnomon runs the tests with a command that it builds.
+func testGnomon(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "gnomon-tests")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	gnomon = filepath.Join(dir, "gnomon")
+	build := exec.Command("go", "build", "-o", gnomon, "./tools/gnomon")
+	build.Dir = ".."
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build gnomon: %v\n%s", err, out)
+		return 1
+	}
+	// Machines of these tests are apart from the user's.
+	os.Setenv("GNOMON_RUNTIME_DIR", filepath.Join(dir, "run"))
+	return m.Run()
 }
 
 // output keeps what a process prints.
