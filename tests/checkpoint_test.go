@@ -387,11 +387,7 @@ func TestCheckpointKeepsDisks(t *testing.T) {
 			}
 			// The machine's last overlays go back into the image.
 			for i := len(files) - 2; i >= 0; i-- {
-				overlay := img
-				for _, f := range files[:i+1] {
-					overlay += "." + filepath.Base(f) + ".qcow2"
-				}
-				command(ctx, t, "checkpoint", "commit", overlay)
+				command(ctx, t, "checkpoint", "commit", img+"."+filepath.Base(files[i])+".qcow2")
 			}
 			p, serial = launch(t, "--kernel", kernel, "--append", words[strings.Index(words, ";")+1:], "--memory", "64M", "--net", "none", "--disk", "file="+img)
 			verified(t, serial)

@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/gnomon-vmm/gnomon/disk/backup"
 	"github.com/gnomon-vmm/gnomon/disk/block"
@@ -81,7 +83,7 @@ func (k *keeper) prepare(m *vmm.Machine, checkpoint string, o SaveOptions) (err 
 		case o.Disks == CopyDisks:
 			err = kept.prepareCopy(checkpoint + "." + d.ID + ".qcow2")
 		default:
-			err = kept.prepareOverlay(kept.File + "." + tag + ".qcow2")
+			err = kept.prepareOverlay(info, tag)
 		}
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
@@ -91,7 +93,51 @@ func (k *keeper) prepare(m *vmm.Machine, checkpoint string, o SaveOptions) (err 
 	return nil
 }
 
-func (d *keptDisk) prepareOverlay(path string) error {
+// Original is the image after which a new overlay of a disk is named, so that
+// names do not grow with the chain: of the images in the chain the lowest that the
+// image in use is an overlay of by its name, or else the image in use.
+func Original(disk block.Info) (string, error) { return originalOf(disk.Filename, disk) }
+
+// originalOf is Original for an image of the disk that need not be in its chain now.
+func originalOf(image string, disk block.Info) (string, error) {
+	image, err := filepath.Abs(image)
+	if err != nil {
+		return "", err
+	}
+	original := image
+	for i := &disk; i != nil; i = i.Backing {
+		name, err := filepath.Abs(i.Filename)
+		if err != nil {
+			return "", err
+		}
+		if strings.HasPrefix(image, name+".") && strings.HasSuffix(image, overlaySuffix) {
+			original = name
+		}
+	}
+	return original, nil
+}
+
+const overlaySuffix = ".qcow2"
+
+// overlayName is a name for another overlay of an image: IMAGE.TAG.qcow2, or, if
+// that is taken or numbered, IMAGE.TAG-N.qcow2.
+func overlayName(image, tag string, numbered bool) (string, error) {
+	path := image + "." + tag + overlaySuffix
+	for n := 1; n < 10000; n++ {
+		if !numbered {
+			if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+				return path, nil
+			} else if err != nil {
+				return "", err
+			}
+		}
+		numbered = false
+		path = fmt.Sprintf("%s.%s-%d%s", image, tag, n, overlaySuffix)
+	}
+	return "", errors.New("there are too many overlays of it: commit or remove some")
+}
+
+func (d *keptDisk) prepareOverlay(info block.Info, tag string) error {
 	base, ok := d.root.Current().(block.Freezer)
 	if !ok {
 		return fmt.Errorf("a disk of format %s cannot be kept: have it copied", d.Format)
@@ -100,6 +146,14 @@ func (d *keptDisk) prepareOverlay(path string) error {
 		return errors.Join(err, errors.New("an overlay beside a device would be in memory: use --disks copy"))
 	}
 	if err := base.Flush(); err != nil {
+		return err
+	}
+	original, err := Original(info)
+	if err != nil {
+		return err
+	}
+	path, err := overlayName(original, tag, false)
+	if err != nil {
 		return err
 	}
 	if err := qcow2.CreateOver(path, base); err != nil {

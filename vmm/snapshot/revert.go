@@ -182,7 +182,11 @@ func (r *replacer) prepare(m *vmm.Machine, i *Image, tag string) error {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
 		r.claimed = append(r.claimed, d.Root)
-		path, err := freeName(was.File, tag)
+		original, err := originalOf(was.File, d.Node.Info())
+		if err != nil {
+			return err
+		}
+		path, err := overlayName(original, tag, true)
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
@@ -195,17 +199,6 @@ func (r *replacer) prepare(m *vmm.Machine, i *Image, tag string) error {
 		}
 	}
 	return nil
-}
-
-// freeName is a name for another overlay of an image.
-func freeName(image, name string) (string, error) {
-	for n := 1; n < 10000; n++ {
-		path := fmt.Sprintf("%s.%s-%d.qcow2", image, name, n)
-		if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
-			return path, nil
-		}
-	}
-	return "", errors.New("there are too many overlays of it: commit or remove some")
 }
 
 // switchOver puts the overlays in place. The machine is paused.

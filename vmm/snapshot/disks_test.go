@@ -1,0 +1,95 @@
+package snapshot_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/gnomon-vmm/gnomon/disk"
+	"github.com/gnomon-vmm/gnomon/disk/qcow2"
+	"github.com/gnomon-vmm/gnomon/vmm"
+	"github.com/gnomon-vmm/gnomon/vmm/snapshot"
+)
+
+// withDisk has a machine use an image.
+func withDisk(t testing.TB, path string, o disk.Options) func(*vmm.Config) {
+	t.Helper()
+	node, err := disk.Open(path, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func(c *vmm.Config) { c.Disks, c.Memory = append(c.Disks, vmm.Disk{Node: node}), 16<<20 }
+}
+
+func newRaw(t testing.TB) string {
+	t.Helper()
+	img := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(img, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+// Overlays are named after the disk that the machine began with, however many there
+// are, and also when the machine is started from the last; none replaces a file.
+func TestOverlayNamesDoNotGrow(t *testing.T) {
+	ctx := context.Background()
+	img := newRaw(t)
+	dir := filepath.Dir(img)
+	taken := img + ".t3.qcow2"
+	if err := os.WriteFile(taken, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	current := img
+	for run := range 2 {
+		r := start(t, "spin", withDisk(t, current, disk.Options{}))
+		s := snapshot.NewSaver(r.Machine, nil, nil)
+		for i := range 12 {
+			tag := fmt.Sprint("t", run*12+i)
+			report, err := s.Save(ctx, filepath.Join(dir, tag), snapshot.SaveOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := img + "." + tag + ".qcow2"
+			if want == taken {
+				want = img + ".t3-1.qcow2"
+			}
+			if current = report.Disks[0].Overlay; current != want {
+				t.Fatalf("the overlay is %s, want %s", current, want)
+			}
+		}
+		for n := range 2 {
+			if err := s.Revert(ctx, filepath.Join(dir, "t1"), snapshot.RevertOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if got, want := r.Disks()[0].Node.Info().Filename, fmt.Sprintf("%s.t1-%d.qcow2", img, 2*run+n+1); got != want {
+				t.Errorf("reverted to %s, want %s", got, want)
+			}
+		}
+		current = r.Disks()[0].Node.Info().Filename
+		r.Quit()
+		<-r.done
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if b, err := os.ReadFile(taken); err != nil || string(b) != "precious" {
+		t.Errorf("a file was replaced: %q, %v", b, err)
+	}
+	// One that lies on an image of another name keeps its own.
+	other := filepath.Join(dir, "own.qcow2")
+	if err := qcow2.Create(other, qcow2.CreateOptions{Size: 1 << 20, Backing: img, BackingFormat: "raw"}); err != nil {
+		t.Fatal(err)
+	}
+	node, err := qcow2.Open(other, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer node.Close()
+	if got, err := snapshot.Original(node.Info()); err != nil || got != other {
+		t.Errorf("overlays of %s are named after %s, %v", strings.TrimPrefix(other, dir), got, err)
+	}
+}
