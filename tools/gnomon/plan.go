@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -305,16 +306,27 @@ func (p *plan) open(ctx context.Context, undo *opened, quit func()) (err error) 
 		m.Vsock = &vmm.Vsock{CID: p.cid, Host: host}
 	}
 	if p.flags.console != "" {
-		if m.Console, err = chardev.Open(p.flags.console, chardevOptions("console0", quit)); err != nil {
+		if m.Console, err = chardev.Open(p.outputSpec(p.flags.console), chardevOptions("console0", quit)); err != nil {
 			return adviseOnPath(fmt.Errorf("--console: %w", err))
 		}
 		undo.add(m.Console.Close)
 	}
-	if m.Serial, err = chardev.Open(p.flags.serial, chardevOptions("serial0", quit)); err != nil {
+	if m.Serial, err = chardev.Open(p.outputSpec(p.flags.serial), chardevOptions("serial0", quit)); err != nil {
 		return adviseOnPath(fmt.Errorf("--serial: %w", err))
 	}
 	undo.add(m.Serial.Close)
 	return nil
+}
+
+// outputSpec has a machine that goes on add to a file what its guest says, behind
+// what was said before it was saved, unless the user says append=off.
+func (p *plan) outputSpec(text string) string {
+	spec, err := chardev.Parse(text)
+	off := strings.HasSuffix(text, ",append=off") && !strings.HasSuffix(text, ",,append=off")
+	if err != nil || !p.flags.restoring || spec.Kind != "file" || off {
+		return text
+	}
+	return text + ",append=on"
 }
 
 func chardevOptions(label string, quit func()) chardev.Options {

@@ -41,7 +41,8 @@ stands where it stood, or with --clock host goes on by the time that has passed.
 of it has been read. A guest that resets itself ends, unless --kernel tells what it then starts.
 
 Disks that can be written stay as the checkpoint needs them: the machine writes to new overlays beside the checkpoint,
-FILE.NAME.DISK.qcow2, which stay unless --snapshot removes them. With --disk the disks are those you name.
+FILE.NAME.DISK.qcow2, which stay unless --snapshot removes them. With --disk the disks are those you name. What the
+guest says is added to the files of --serial and --console; append=off empties them.
 
 The exit status is that of gnomon run.`,
 		Example: `  gnomon restore vm1.ckpt --name vm1-again
