@@ -12,7 +12,8 @@ import (
 )
 
 // saved is a checkpoint of a machine with a disk that can be written, one that
-// cannot, and a serial port that goes to a file. Its guest ends by itself.
+// cannot, and a serial port that goes to a file. Its guest, which has not run yet,
+// ends by itself.
 type saved struct {
 	dir, file, disk, fixed, serial string
 }
@@ -31,16 +32,9 @@ func saveMachine(ctx context.Context, t *testing.T, args ...string) *saved {
 			t.Fatal(err)
 		}
 	}
-	p, _ := launch(t, "--kernel", kernel, "--append", "fill size=1M; dirty size=1M seed=5 ms=700", "--memory", "16M", "--net", "none",
+	p, _ := launch(t, "--kernel", kernel, "--append", "fill size=1M", "--memory", "16M", "--net", "none", "--paused",
 		"--serial", "file:"+s.serial, "--disk", "file="+s.disk, "--disk", "readonly=on,file="+s.fixed)
 	p.connect(ctx, t)
-	for text := ""; !strings.Contains(text, "probe: fill"); {
-		b, err := os.ReadFile(s.serial)
-		if err != nil {
-			t.Fatal(err)
-		}
-		text = string(b)
-	}
 	command(ctx, t, append([]string{"checkpoint", p.name, "--to", s.file}, args...)...)
 	p.do(ctx, t, "quit", nil, nil)
 	p.status(ctx, t)
@@ -65,8 +59,8 @@ func TestRestoreKeepsOutput(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	s := saveMachine(ctx, t)
-	before, err := os.ReadFile(s.serial)
-	if err != nil {
+	const before = "what it said\n"
+	if err := os.WriteFile(s.serial, []byte(before), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	restore := func(serial, want string) {
@@ -82,6 +76,73 @@ func TestRestoreKeepsOutput(t *testing.T) {
 			t.Errorf("--serial %s: before:\n%s\nafter:\n%s", serial, before, after)
 		}
 	}
-	restore("file:"+s.serial, string(before))
-	restore("file:"+s.serial+",append=off", "probe: dirty")
+	restore("file:"+s.serial, before)
+	restore("file:"+s.serial+",append=off", "probe: fill")
+}
+
+// refusedRestore has a restore refused in one line that says all of want, and
+// that makes no image.
+func (s *saved) refusedRestore(ctx context.Context, t *testing.T, args []string, want ...string) {
+	t.Helper()
+	before, err := os.ReadDir(s.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, stderr := gnomonOutput(ctx, t, append([]string{"restore", s.file, "--serial", "null"}, args...)...)
+	if status == 0 || strings.Count(stderr, "\n") != 1 {
+		t.Errorf("restore %s: status %d, %q", args, status, stderr)
+	}
+	for _, text := range want {
+		if !strings.Contains(stderr, text) {
+			t.Errorf("restore %s says %q, not %q", args, stderr, text)
+		}
+	}
+	after, err := os.ReadDir(s.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(after) != len(before) {
+		t.Errorf("restore %s left something behind: %v, then %v", args, before, after)
+	}
+}
+
+func (s *saved) restores(ctx context.Context, t *testing.T, args ...string) {
+	t.Helper()
+	if status, stderr := gnomonOutput(ctx, t, append([]string{"restore", s.file, "--snapshot", "--serial", "null"}, args...)...); status != 0 {
+		t.Errorf("restore %s: status %d: %s", args, status, stderr)
+	}
+}
+
+// A disk that was written to since it was saved is refused, one that cannot be
+// written too; copies that kept their times are not.
+func TestRestoreOfChangedDisks(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	s := saveMachine(ctx, t)
+	for _, img := range []string{s.disk, s.fixed} {
+		copied := img + ".copy"
+		for _, args := range [][]string{{"cp", "-p", img, copied}, {"cp", "-p", copied, img}} {
+			if out, err := exec.CommandContext(ctx, args[0], args[1:]...).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+		}
+		f, err := os.OpenFile(img, os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteAt([]byte{1}, 4096); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		s.refusedRestore(ctx, t, nil, img, "changed since", "--accept-changed-disks")
+		if out, err := exec.CommandContext(ctx, "cp", "-p", copied, img).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	s.restores(ctx, t)
+	if err := os.Truncate(s.disk, 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	s.refusedRestore(ctx, t, nil, s.disk, "2097152", "1048576", "--accept-changed-disks")
+	s.restores(ctx, t, "--accept-changed-disks")
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -58,6 +59,7 @@ The exit status is that of gnomon run.`,
 	flags.BoolVar(&r.record, "record", false, "at the end, keep beside the checkpoint what the guest wanted, for --prefetch recorded")
 	flags.BoolVar(&r.noBackground, "no-background", false, "leave in the file what the guest does not want")
 	flags.BoolVar(&r.snapshot, "snapshot", false, "at the end, remove the overlays in which the machine wrote to its disks")
+	flags.BoolVar(&r.changedDisks, "accept-changed-disks", false, "go on although files of disks were written to since the checkpoint was taken")
 	flags.StringVar(&r.clock, "clock", "guest", "`whose` clock the guest goes on by: guest (it stands where it stood)|host (it goes on by the time that has passed)")
 	completeFlag(cmd, "prefetch", "none", "physical", "locality", "locality,recorded")
 	completeFlag(cmd, "clock", "guest", "host")
@@ -92,7 +94,7 @@ The exit status is that of gnomon run.`,
 			}
 		}()
 		if !ownDisks {
-			if err := made.over(image, args[0], &f); err != nil {
+			if err := made.over(image, args[0], &f, r.changedDisks); err != nil {
 				return err
 			}
 		}
@@ -119,7 +121,8 @@ type overlays struct {
 
 // over makes them beside the checkpoint, and has the disks of the flags be them.
 // Disks that cannot be written are the checkpoint's own.
-func (o *overlays) over(image *snapshot.Image, checkpoint string, f *runFlags) error {
+// changed accepts disks that were changed since they were saved.
+func (o *overlays) over(image *snapshot.Image, checkpoint string, f *runFlags, changed bool) error {
 	if f.name == "" {
 		f.name = fmt.Sprintf("gnomon-%d", os.Getpid())
 	}
@@ -138,11 +141,19 @@ func (o *overlays) over(image *snapshot.Image, checkpoint string, f *runFlags) e
 		if err != nil {
 			return err
 		}
+		if err := saved.Unchanged(); err != nil && !changed {
+			if errors.Is(err, snapshot.ErrDiskChanged) {
+				err = fmt.Errorf("%w: put it back as it was, name another by --disk, or have the guest take it as it is by --accept-changed-disks", err)
+			}
+			return err
+		}
 		text.values["file"], text.values["format"] = saved.File, saved.Format
 		if !saved.ReadOnly {
 			path := fmt.Sprintf("%s.%s.%s.qcow2", checkpoint, f.name, saved.ID)
-			if err := saved.OverlayDisk(path); err != nil {
+			if err := saved.OverlayChangedDisk(path); errors.Is(err, fs.ErrExist) {
 				return fmt.Errorf("%w; another --name makes other disks", err)
+			} else if err != nil {
+				return err
 			}
 			o.paths = append(o.paths, path)
 			text.values["file"], text.values["format"] = path, disk.FormatQcow2
@@ -172,6 +183,7 @@ func globEscape(path string) string {
 type restoreFlags struct {
 	prefetch, clock                string
 	record, noBackground, snapshot bool
+	changedDisks                   bool
 }
 
 func (r *restoreFlags) options() (o snapshot.Options, err error) {

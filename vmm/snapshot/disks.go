@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/gnomon-vmm/gnomon/disk/backup"
 	"github.com/gnomon-vmm/gnomon/disk/block"
@@ -25,7 +26,21 @@ type SavedDisk struct {
 	Size     int64  `json:"size"` // virtual, bytes
 	// Overlay is where the machine that was saved went on; "": nowhere else.
 	Overlay string `json:"overlay,omitempty"`
+	// Files are that of the image and those it lies on, as they were left; nil: it
+	// is not known.
+	Files []SavedFile `json:"files,omitempty"`
 }
+
+// SavedFile is by what it is seen later that a file is not as it was left. Copies
+// that keep the time, as cp -p makes them, pass for the file.
+type SavedFile struct {
+	File     string `json:"file"`     // absolute path
+	Size     int64  `json:"size"`     // bytes
+	Modified int64  `json:"modified"` // when it was last written to, nanoseconds since 1970
+}
+
+// ErrDiskChanged is a disk that is not any more what a checkpoint needs.
+var ErrDiskChanged = errors.New("it was changed since")
 
 // keeper keeps a machine's disks as they are at one instant: each under an
 // overlay in which the machine goes on, or by copying them.
@@ -38,8 +53,9 @@ type keeper struct {
 
 type keptDisk struct {
 	SavedDisk
-	root *block.Root
-	base block.Freezer // nil: the disk cannot be written
+	chain block.Info // of the images that are kept
+	root  *block.Root
+	base  block.Freezer // nil: the disk cannot be written
 	// Of a disk that is copied:
 	copy   string      // the copy's path
 	target *qcow2.Node // until it is complete
@@ -67,7 +83,7 @@ func (k *keeper) prepare(m *vmm.Machine, checkpoint string, o SaveOptions) (err 
 	}
 	for _, d := range m.Disks() {
 		info := d.Node.Info()
-		kept := keptDisk{root: d.Root, SavedDisk: SavedDisk{ID: d.ID, Format: info.Format, ReadOnly: d.Node.ReadOnly(), Size: d.Node.Size()}}
+		kept := keptDisk{root: d.Root, chain: info, SavedDisk: SavedDisk{ID: d.ID, Format: info.Format, ReadOnly: d.Node.ReadOnly(), Size: d.Node.Size()}}
 		if kept.File, err = filepath.Abs(info.Filename); err != nil {
 			return err
 		}
@@ -172,7 +188,7 @@ func (d *keptDisk) prepareCopy(path string) error {
 		os.Remove(path)
 		return err
 	}
-	d.copy, d.File, d.Format = path, path, "qcow2"
+	d.copy, d.File, d.Format, d.chain = path, path, "qcow2", block.Info{Filename: path}
 	return nil
 }
 
@@ -209,7 +225,7 @@ func (k *keeper) switchOver() error {
 	return nil
 }
 
-// finish makes durable what is kept.
+// finish makes durable what is kept, and notes how its files are left.
 func (k *keeper) finish(ctx context.Context) error {
 	for i := range k.disks {
 		d := &k.disks[i]
@@ -223,6 +239,9 @@ func (k *keeper) finish(ctx context.Context) error {
 			}
 		case d.base != nil:
 			err = d.base.Flush()
+		}
+		if err == nil {
+			d.Files, err = savedFiles(d.chain)
 		}
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
@@ -280,15 +299,66 @@ func decodeDisks(data []byte) ([]SavedDisk, error) {
 	return disks, nil
 }
 
-// OverlayDisk makes an image at path in which a restored machine can write to the
-// disk, and which leaves what the checkpoint needs as it is.
-func (d *SavedDisk) OverlayDisk(path string) error {
+// savedFiles are the files of a chain of images; those that are no regular files
+// have no such marks.
+func savedFiles(chain block.Info) ([]SavedFile, error) {
+	var files []SavedFile
+	for i := &chain; i != nil; i = i.Backing {
+		path, err := filepath.Abs(i.Filename)
+		if err != nil {
+			return nil, err
+		}
+		st, err := os.Stat(path)
+		if err != nil {
+			return nil, err
+		}
+		if st.Mode().IsRegular() {
+			files = append(files, SavedFile{path, st.Size(), st.ModTime().UnixNano()})
+		}
+	}
+	return files, nil
+}
+
+// Unchanged refuses, with ErrDiskChanged, a disk of which a file was written to
+// since the checkpoint was taken. It goes by sizes and times.
+func (d *SavedDisk) Unchanged() error {
 	st, err := os.Stat(d.File)
 	if err != nil {
 		return fmt.Errorf("disk %s of the checkpoint: %w", d.ID, err)
 	}
 	if d.Format == "raw" && st.Mode().IsRegular() && (st.Size()+511)/512*512 != d.Size {
-		return fmt.Errorf("disk %s of the checkpoint: %s has %d bytes and had %d: it was changed", d.ID, d.File, st.Size(), d.Size)
+		return fmt.Errorf("disk %s of the checkpoint: %s has %d bytes and had %d: %w", d.ID, d.File, st.Size(), d.Size, ErrDiskChanged)
 	}
+	for _, was := range d.Files {
+		st, err := os.Stat(was.File)
+		if err != nil {
+			return fmt.Errorf("disk %s of the checkpoint: %w", d.ID, err)
+		}
+		then, now := time.Unix(0, was.Modified), st.ModTime()
+		// Some archives and copies keep whole seconds only.
+		same := now.Equal(then) || now.Equal(then.Truncate(time.Second))
+		switch {
+		case st.Size() != was.Size:
+			return fmt.Errorf("disk %s of the checkpoint: %s has %d bytes and had %d: %w", d.ID, was.File, st.Size(), was.Size, ErrDiskChanged)
+		case !same:
+			return fmt.Errorf("disk %s of the checkpoint: %s was last written to at %s, not at %s: %w", d.ID, was.File,
+				now.Format(time.RFC3339Nano), then.Format(time.RFC3339Nano), ErrDiskChanged)
+		}
+	}
+	return nil
+}
+
+// OverlayDisk makes an image at path in which a restored machine can write to the
+// disk, and which leaves what the checkpoint needs as it is. The disk must be
+// Unchanged.
+func (d *SavedDisk) OverlayDisk(path string) error {
+	if err := d.Unchanged(); err != nil {
+		return err
+	}
+	return d.OverlayChangedDisk(path)
+}
+
+// OverlayChangedDisk is OverlayDisk for a caller that vouches for the disk.
+func (d *SavedDisk) OverlayChangedDisk(path string) error {
 	return qcow2.Create(path, qcow2.CreateOptions{Size: d.Size, Backing: d.File, BackingFormat: d.Format})
 }

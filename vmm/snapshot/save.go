@@ -195,16 +195,6 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 			return nil, err
 		}
 	}
-	if o.Disks != LeaveDisks {
-		r.Disks = disks.saved()
-		data, err := json.Marshal(r.Disks)
-		if err != nil {
-			return nil, err
-		}
-		if err := w.Section(sectionDisks, sectionVersion, data); err != nil {
-			return nil, err
-		}
-	}
 	if len(s.recipe) > 0 {
 		if err := w.Section(sectionRecipe, sectionVersion, s.recipe); err != nil {
 			return nil, err
@@ -219,6 +209,16 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 	}
 	if err := disks.finish(ctx); err != nil {
 		return nil, err
+	}
+	if o.Disks != LeaveDisks {
+		r.Disks = disks.saved()
+		data, err := json.Marshal(r.Disks)
+		if err != nil {
+			return nil, err
+		}
+		if err := w.Section(sectionDisks, sectionVersion, data); err != nil {
+			return nil, err
+		}
 	}
 	if err := w.Commit(); err != nil {
 		return nil, err
