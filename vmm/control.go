@@ -195,7 +195,8 @@ func (m *Machine) end(s Status) {
 
 // Pause stops the vCPUs between two instructions and the devices between two
 // requests. It returns when nothing of the guest moves any more, time included.
-// Before Run it has Run leave the machine paused.
+// Before Run it has Run leave the machine paused. A machine that is suspended
+// stays paused when that has ended.
 func (m *Machine) Pause() error {
 	m.ctl.Lock()
 	defer m.ctl.Unlock()
@@ -204,19 +205,53 @@ func (m *Machine) Pause() error {
 		return ErrClosed
 	case m.Status() == StatusPrelaunch:
 		m.startPaused = true
-		return nil
-	case m.Status() != StatusRunning:
-		return nil
+	}
+	m.goOn = false
+	m.pause()
+	return nil
+}
+
+// pause is Pause for a machine that runs. Preconditions: m.ctl is held.
+func (m *Machine) pause() {
+	if m.Status() != StatusRunning {
+		return
 	}
 	m.gate.hold(holdUser)
 	m.gate.wait()
 	m.stopDevices()
 	m.setStatus(StatusPaused)
 	m.events.emit(Stopped{})
-	return nil
 }
 
-// Resume goes on after Pause, or starts a machine that Run left paused.
+// Suspend is Pause for an operation that needs the machine to stand still for a
+// while. A machine that ran goes on when every Suspend has ended by a call of end,
+// but what Pause and Resume ask for meanwhile is what becomes of it then.
+func (m *Machine) Suspend() (end func() error, err error) {
+	m.ctl.Lock()
+	defer m.ctl.Unlock()
+	if m.closed {
+		return nil, ErrClosed
+	}
+	if m.suspended == 0 {
+		m.goOn = m.Status() == StatusRunning
+	}
+	m.suspended++
+	m.pause()
+	return sync.OnceValue(m.endSuspend), nil
+}
+
+func (m *Machine) endSuspend() error {
+	m.ctl.Lock()
+	defer m.ctl.Unlock()
+	m.suspended--
+	if m.suspended > 0 || !m.goOn {
+		return nil
+	}
+	return m.resume()
+}
+
+// Resume goes on after Pause, or starts a machine that Run left paused; one that
+// is suspended goes on when that has ended.
 func (m *Machine) Resume() error {
 	m.ctl.Lock()
 	defer m.ctl.Unlock()
@@ -232,6 +267,9 @@ func (m *Machine) resume() error {
 		return nil
 	case s != StatusPaused && s != StatusPrelaunch:
 		return fmt.Errorf("%w: it cannot go on from %q; reset or quit it", ErrState, s)
+	case m.suspended > 0:
+		m.goOn = true
+		return nil
 	}
 	if err := m.startDevices(); err != nil {
 		return err

@@ -52,6 +52,8 @@ type Machine struct {
 	ctl         sync.Mutex
 	started     bool          // guarded by ctl
 	startPaused bool          // guarded by ctl: Run leaves the start to Resume
+	suspended   int           // guarded by ctl: Suspends that have not ended
+	goOn        bool          // guarded by ctl: the machine runs when they have
 	closed      bool          // guarded by ctl
 	kvmClock    kvm.ClockData // guarded by ctl: the guest's clock while stopped
 	stopped     time.Time     // guarded by ctl: when that was

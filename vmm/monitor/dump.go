@@ -177,23 +177,21 @@ type dump struct {
 	out      *outFile
 	ram      *ram
 	header   []byte
-	resume   bool  // the machine ran
-	err      error // of run; read when that has returned
+	resume   func() error // nil: the machine was not stopped
+	err      error        // of run; read when that has returned
 }
 
 // start stops the machine and takes what is needed of its state.
 func (d *dump) start(ctx context.Context) error {
 	m := d.mon.m
-	running := m.Status() == vmm.StatusRunning
-	if err := m.Pause(); err != nil {
+	var err error
+	if d.resume, err = m.Suspend(); err != nil {
 		return err
 	}
-	d.resume = running
 	d.mon.mu.Lock()
 	d.mon.dump = dumpState{Status: dumpActive, Total: d.total}
 	d.mon.mu.Unlock()
 
-	var err error
 	if d.ram, err = d.mon.openRAM(ctx); err != nil {
 		return err
 	}
@@ -265,8 +263,8 @@ func (d *dump) end(err error) {
 	data.Result = d.mon.dump
 	d.mon.mu.Unlock()
 	d.mon.emit("DUMP_COMPLETED", data)
-	if d.resume && d.mon.m.Status() == vmm.StatusPaused {
+	if d.resume != nil {
 		// It fails when the machine has been closed, or ended meanwhile.
-		_ = d.mon.m.Resume()
+		_ = d.resume()
 	}
 }

@@ -60,8 +60,8 @@ func (s *Saver) revert(ctx context.Context, i *Image, o RevertOptions) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	running := s.m.Status() == vmm.StatusRunning
-	if err := s.m.Pause(); err != nil {
+	resume, err := s.m.Suspend()
+	if err != nil {
 		return err
 	}
 	var p *pager.Pager
@@ -92,8 +92,8 @@ func (s *Saver) revert(ctx context.Context, i *Image, o RevertOptions) error {
 		if p != nil {
 			return errors.Join(err, p.Close())
 		}
-		if s.m.Status() == vmm.StatusPaused && running {
-			err = errors.Join(err, s.m.Resume())
+		if st := s.m.Status(); st == vmm.StatusPaused || st == vmm.StatusPrelaunch {
+			err = errors.Join(err, resume())
 		}
 		return err
 	}
@@ -101,10 +101,8 @@ func (s *Saver) revert(ctx context.Context, i *Image, o RevertOptions) error {
 		s.m.Fail(err) // its memory is of another time than its disks
 		return err
 	}
-	if running {
-		if err := s.m.Resume(); err != nil {
-			return err
-		}
+	if err := resume(); err != nil {
+		return err
 	}
 	if o.Progress != nil {
 		o.Progress(0, total)

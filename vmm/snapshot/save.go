@@ -111,7 +111,8 @@ func NewSaver(m *vmm.Machine, recipe []byte, loader *pager.Pager) *Saver {
 }
 
 // Save saves the machine into a new file at path, as it is at one instant
-// during the call. A machine that ran goes on, whether saving succeeds or not.
+// during the call. A machine that ran goes on, whether saving succeeds or not,
+// unless it is paused meanwhile.
 func (s *Saver) Save(ctx context.Context, path string, o SaveOptions) (*Report, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -264,15 +265,15 @@ func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap) (*capture.Capture
 func (s *Saver) freeze(c *capture.Capture, disks *keeper, o SaveOptions, r *Report) (sections []vmm.Section, resume func() error, err error) {
 	running := s.m.Status() == vmm.StatusRunning
 	paused := time.Now()
-	if err := s.m.Pause(); err != nil {
+	end, err := s.m.Suspend()
+	if err != nil {
 		return nil, nil, err
 	}
 	resume = sync.OnceValue(func() error {
-		if !running {
-			return nil
+		err := end()
+		if running {
+			r.Pause = time.Since(paused)
 		}
-		err := s.m.Resume()
-		r.Pause = time.Since(paused)
 		return err
 	})
 	defer func() {
