@@ -2,6 +2,8 @@ package monitor
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"path/filepath"
 	"sync"
 
@@ -135,6 +137,10 @@ func (mon *monitor) checkpoint(_ context.Context, s *qmp.Session, a checkpointAr
 // save saves the machine and keeps the report.
 func (c *checkpoints) save(ctx context.Context, file string, o snapshot.SaveOptions) error {
 	r, err := c.saver.Save(ctx, file, o)
+	var switched *snapshot.SwitchedError
+	if errors.As(err, &switched) && errors.Is(err, context.Canceled) {
+		return fmt.Errorf("%v%s", qmp.ErrCanceled, switched.GoesOn()) // not %w: the job's error is this one, not only ErrCanceled
+	}
 	if err != nil {
 		return err
 	}

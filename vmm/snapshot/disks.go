@@ -278,6 +278,43 @@ func (k *keeper) undo() {
 	}
 }
 
+// SwitchedError is a save that failed when the machine had gone on in its overlays.
+// They hold what it wrote since, and stay its disks.
+type SwitchedError struct {
+	Err   error
+	Disks []SavedDisk // those with overlays
+}
+
+// Error tells in which images the machine goes on.
+func (e *SwitchedError) Error() string { return e.Err.Error() + e.GoesOn() }
+
+// GoesOn is what Error adds to the cause.
+func (e *SwitchedError) GoesOn() string {
+	var text strings.Builder
+	for i, d := range e.Disks {
+		text.WriteString([]string{": the machine goes on in new overlays: disk ", ", disk "}[min(i, 1)])
+		text.WriteString(d.ID + " in " + d.Overlay)
+	}
+	return text.String()
+}
+
+// Unwrap is the cause.
+func (e *SwitchedError) Unwrap() error { return e.Err }
+
+// explain tells of overlays that a save which failed leaves in use.
+func (k *keeper) explain(err error) error {
+	var overlays []SavedDisk
+	for _, d := range k.disks {
+		if d.base != nil && k.switched {
+			overlays = append(overlays, d.SavedDisk)
+		}
+	}
+	if overlays == nil {
+		return err
+	}
+	return &SwitchedError{Err: err, Disks: overlays}
+}
+
 func (k *keeper) saved() []SavedDisk {
 	all := []SavedDisk{}
 	for _, d := range k.disks {

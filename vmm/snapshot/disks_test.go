@@ -2,6 +2,7 @@ package snapshot_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -91,5 +92,33 @@ func TestOverlayNamesDoNotGrow(t *testing.T) {
 	defer node.Close()
 	if got, err := snapshot.Original(node.Info()); err != nil || got != other {
 		t.Errorf("overlays of %s are named after %s, %v", strings.TrimPrefix(other, dir), got, err)
+	}
+}
+
+// The error of a save that fails after the pause names the image in which the
+// machine goes on, and that of one that fails before does not.
+func TestFailedSaveNamesOverlays(t *testing.T) {
+	img := newRaw(t)
+	r := start(t, "spin", withDisk(t, img, disk.Options{}))
+	s := snapshot.NewSaver(r.Machine, nil, nil)
+	path := filepath.Join(filepath.Dir(img), "c")
+	ctx, cancel := context.WithCancel(context.Background())
+	_, err := s.Save(ctx, path, snapshot.SaveOptions{Progress: func(int64, int64) { cancel() }})
+	var switched *snapshot.SwitchedError
+	current := r.Disks()[0].Node.Info().Filename
+	if !errors.As(err, &switched) || !errors.Is(err, context.Canceled) || switched.Disks[0].Overlay != current || current == img {
+		t.Fatalf("%s goes on in %s: %v", img, current, err)
+	}
+	if text := err.Error(); !strings.Contains(text, "disk disk0 in "+current) {
+		t.Errorf("the error is %q", text)
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Save(context.Background(), path, snapshot.SaveOptions{}); err == nil || errors.As(err, &switched) {
+		t.Errorf("before the pause: %v", err)
+	}
+	if got := r.Disks()[0].Node.Info().Filename; got != current {
+		t.Errorf("the disk is %s now", got)
 	}
 }

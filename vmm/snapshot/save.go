@@ -43,7 +43,7 @@ const (
 	// KeepDisks keeps them for the checkpoint, as they are at its instant. The
 	// machine goes on in qcow2 overlays beside them, whose names are the disk's
 	// with the tag added. After a save that fails once the machine has gone on,
-	// the overlays stay in use.
+	// the overlays stay in use: the error is a SwitchedError.
 	KeepDisks Disks = iota
 	// CopyDisks copies them into qcow2 images beside the checkpoint, FILE.ID.qcow2.
 	// The machine stays in its own.
@@ -124,9 +124,9 @@ func (s *Saver) Save(ctx context.Context, path string, o SaveOptions) (*Report, 
 }
 
 // save is Save with mu held.
-func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, error) {
+func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report, err error) {
 	begin := time.Now()
-	r := &Report{File: path, Parent: o.Parent}
+	r = &Report{File: path, Parent: o.Parent}
 	if err := s.checkParent(o.Parent); err != nil {
 		return nil, err
 	}
@@ -159,6 +159,11 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (*Report, 
 			return nil, err
 		}
 		defer disks.undo()
+		defer func() {
+			if err != nil {
+				err = disks.explain(err)
+			}
+		}()
 	}
 
 	// Ahead of the pause: what takes time that grows with the memory.
