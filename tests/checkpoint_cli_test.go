@@ -146,3 +146,31 @@ func TestRestoreOfChangedDisks(t *testing.T) {
 	s.refusedRestore(ctx, t, nil, s.disk, "2097152", "1048576", "--accept-changed-disks")
 	s.restores(ctx, t, "--accept-changed-disks")
 }
+
+// What was recorded and cannot be used, or cannot be kept, is told of; it ends no
+// machine but one that has nothing else to go by.
+func TestRecordedSetThatFails(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	s := saveMachine(ctx, t)
+	recorded := s.file + ".recorded"
+	if err := os.WriteFile(recorded, []byte("not that"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.refusedRestore(ctx, t, []string{"--prefetch", "recorded"}, recorded, "remove the file")
+	warned := func(want string, args ...string) {
+		t.Helper()
+		status, stderr := gnomonOutput(ctx, t, append([]string{"restore", s.file, "--snapshot", "--serial", "null"}, args...)...)
+		if status != 0 || strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, recorded) || !strings.Contains(stderr, want) {
+			t.Errorf("restore %s: status %d, %q; want one line with %q", args, status, stderr, want)
+		}
+	}
+	warned("is not used", "--prefetch", "locality,recorded")
+	if err := os.Remove(recorded); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(recorded, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	warned("is not kept", "--record")
+}

@@ -354,6 +354,11 @@ func TestDelete(t *testing.T) {
 	if err := os.Remove(at("other")); err != nil {
 		t.Fatal(err)
 	}
+	for _, name := range []string{"a", "b"} {
+		if err := os.WriteFile(RecordedPath(at(name)), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	// Somebody puts another file in a's place.
 	if err := os.Rename(at("a"), at("kept")); err != nil {
 		t.Fatal(err)
@@ -361,6 +366,11 @@ func TestDelete(t *testing.T) {
 	writePages(t, at("a"), "", []uint64{5}, page)
 	if deleted, err := chain.Delete(); !errors.Is(err, ErrParent) || !slices.Equal(deleted, []string{at("b")}) {
 		t.Errorf("a, which was replaced: %v, %v", deleted, err)
+	}
+	for name, want := range map[string]bool{"a": true, "b": false} {
+		if _, err := os.Stat(RecordedPath(at(name))); (err == nil) != want {
+			t.Errorf("what was recorded of %s: %v", name, err)
+		}
 	}
 	if err := tryRead(at("a")); err != nil {
 		t.Error(err)

@@ -3,7 +3,9 @@ package checkpoint
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -277,7 +279,10 @@ func (r *Reader) Needed() error {
 	return nil
 }
 
-// Delete deletes the chain's files, the newest first, so that those that are
+// RecordedPath is where what a run on a checkpoint wanted is kept (package pager).
+func RecordedPath(checkpoint string) string { return checkpoint + ".recorded" }
+
+// Delete deletes the chain's files and what was recorded of them, the newest first, so that those that are
 // left at any time are whole, unless one of them is Needed or was replaced since
 // it was opened. It returns those that it has deleted.
 func (r *Reader) Delete() (deleted []string, err error) {
@@ -298,6 +303,9 @@ func (r *Reader) Delete() (deleted []string, err error) {
 		}
 		if err := os.Remove(f.path); err != nil {
 			return deleted, err
+		}
+		if err := os.Remove(RecordedPath(f.path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return append(deleted, f.path), err
 		}
 		if err := syncDirectory(filepath.Dir(f.path)); err != nil {
 			return deleted, err

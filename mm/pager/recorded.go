@@ -35,7 +35,7 @@ const (
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // RecordedPath is where a checkpoint's recorded set is kept.
-func RecordedPath(checkpoint string) string { return checkpoint + ".recorded" }
+func RecordedPath(path string) string { return checkpoint.RecordedPath(path) }
 
 // RecordedSet returns the blocks that the guest has wanted so far, for a later
 // run to begin with: those that were demanded or loaded ahead, in this order, and
@@ -138,6 +138,20 @@ func replaceFile(path string, b []byte) (err error) {
 	}
 	defer dir.Close()
 	return dir.Sync()
+}
+
+// CheckRecordable tells whether SaveRecorded can make a file, as far as that can be
+// known ahead.
+func CheckRecordable(path string) error {
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrRecorded, err)
+	}
+	_, err = f.Write(make([]byte, recordedHeader))
+	if err := errors.Join(err, f.Close(), os.Remove(f.Name())); err != nil {
+		return fmt.Errorf("%w: %w", ErrRecorded, err)
+	}
+	return nil
 }
 
 // LoadRecorded reads the recorded set of the checkpoint with an id. Without a

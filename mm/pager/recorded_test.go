@@ -8,6 +8,8 @@ import (
 	"slices"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
 )
 
@@ -50,6 +52,36 @@ func TestRecordedFile(t *testing.T) {
 		t.Errorf("left behind: %v, %v", names, err)
 	}
 	if err := SaveRecorded(filepath.Join(t.TempDir(), "no", "such"), testID, nil); !errors.Is(err, ErrRecorded) {
+		t.Errorf("no directory: %v", err)
+	}
+}
+
+// Whether a set can be kept is known ahead, and finding out leaves nothing behind.
+func TestCheckRecordable(t *testing.T) {
+	dir := t.TempDir()
+	path := RecordedPath(filepath.Join(dir, "vm.checkpoint"))
+	if err := CheckRecordable(path); err != nil {
+		t.Error(err)
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, 0)
+	fill, err := os.Create(filepath.Join(dir, "fill"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fill.Close()
+	if _, err := fill.Write(make([]byte, 1<<20)); !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	if err := CheckRecordable(path); !errors.Is(err, ErrRecorded) || !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("where there is no room: %v", err)
+	}
+	if names, err := os.ReadDir(dir); err != nil || len(names) != 1 {
+		t.Errorf("left behind: %v, %v", names, err)
+	}
+	if err := CheckRecordable(filepath.Join(dir, "no", "such")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no directory: %v", err)
 	}
 }

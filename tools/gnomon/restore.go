@@ -106,8 +106,9 @@ The exit status is that of gnomon run.`,
 			return err
 		}
 		return run(cmd.Context(), p, func(cfg vmm.Config) (*built, error) {
-			made.inUse = true
-			return r.build(image, cfg, o)
+			b, err := r.build(image, cfg, o)
+			made.inUse = err == nil
+			return b, err
 		})
 	}
 	return cmd
@@ -209,9 +210,17 @@ func (r *restoreFlags) build(image *snapshot.Image, cfg vmm.Config, o snapshot.O
 	}
 	b := &built{machine: m.Machine, pager: m.Pager, close: m.Close, options: []monitor.Option{monitor.WithPager(m.Pager)}}
 	if r.record {
+		if err := image.CheckRecordable(); err != nil {
+			report("--record: what the guest wants will not be kept: %v: make room, or choose a directory that you may write", err)
+			return b, nil
+		}
 		b.close = func() error {
-			// The recorded set is known while the pager is there.
-			return errors.Join(m.SaveRecorded(), m.Close())
+			// The recorded set is known while the pager is there. The guest has
+			// ended well, whatever becomes of it.
+			if err := m.SaveRecorded(); err != nil {
+				report("--record: what the guest wanted is not kept: %v", err)
+			}
+			return m.Close()
 		}
 	}
 	return b, nil

@@ -107,7 +107,7 @@ func (i *Image) Restore(cfg vmm.Config, o Options) (*Machine, error) {
 	po := pager.Options{Policy: o.Policy}
 	if o.Policy&pager.Recorded != 0 {
 		var err error
-		if po.Recorded, err = pager.LoadRecorded(pager.RecordedPath(i.path), i.reader.ID()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if po.Recorded, err = i.recorded(o.Policy, cfg.Log); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrRestore, err)
 		}
 	}
@@ -151,6 +151,21 @@ func (i *Image) Restore(cfg vmm.Config, o Options) (*Machine, error) {
 	return m, nil
 }
 
+// recorded loads what an earlier run wanted, if there is such a file. One that
+// cannot be used is only told of where the policy has something else to go by.
+func (i *Image) recorded(policy pager.Policy, log func(string, ...any)) ([]pager.Block, error) {
+	blocks, err := pager.LoadRecorded(pager.RecordedPath(i.path), i.reader.ID())
+	switch {
+	case err == nil || errors.Is(err, fs.ErrNotExist):
+		return blocks, nil
+	case policy == pager.Recorded:
+		return nil, fmt.Errorf("%w: remove the file, or go by another policy", err)
+	case log != nil:
+		log("%v: it is not used; remove the file, or record anew", err)
+	}
+	return nil, nil
+}
+
 // Close closes the machine, and the pager.
 func (m *Machine) Close() error {
 	// A vCPU or a device that waits for a page must not be waited for; what a vCPU
@@ -158,6 +173,9 @@ func (m *Machine) Close() error {
 	m.Quit()
 	return errors.Join(m.Pager.Close(), m.Machine.Close())
 }
+
+// CheckRecordable tells whether SaveRecorded can be expected to succeed.
+func (i *Image) CheckRecordable() error { return pager.CheckRecordable(pager.RecordedPath(i.path)) }
 
 // SaveRecorded keeps which blocks were wanted so far beside the checkpoint, for
 // the policy pager.Recorded of later restores.
