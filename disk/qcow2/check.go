@@ -186,6 +186,18 @@ func (c *checker) patch(at int64, v uint64) error {
 // place tells that length bytes at a place begin a cluster, and are in the file.
 func (c *checker) place(at, length int64) bool { return c.n.within(at, length) }
 
+// structure tells that a cluster is of the header or of the active L1 table, which
+// mending a table must not touch.
+func (c *checker) structure(at int64) bool {
+	h := c.n.header
+	for _, t := range [...]struct{ at, length int64 }{{0, h.ClusterSize()}, {h.L1Offset, int64(h.L1Entries) * entrySize}} {
+		if at < t.at+t.length && t.at < at+h.ClusterSize() {
+			return true
+		}
+	}
+	return false
+}
+
 // tables counts the header, the L1 tables and what these refer to.
 func (c *checker) tables() error {
 	n, size := c.n, c.n.header.ClusterSize()
@@ -238,8 +250,8 @@ func (c *checker) l1Table(at int64, l1 []uint64, active bool, index map[int64]in
 		if table == 0 {
 			continue
 		}
-		if !c.place(table, size) {
-			if err := c.bad(false, at+int64(i)*entrySize, 0, "L1 entry %d: L2 table at %#x, in a file of %d bytes", i, table, c.n.file.Size()); err != nil {
+		if !c.place(table, size) || c.structure(table) {
+			if err := c.bad(false, at+int64(i)*entrySize, 0, "L1 entry %d: L2 table at %#x, which is something else, or not in the file", i, table); err != nil {
 				return err
 			}
 			if active && c.fixes() {

@@ -103,7 +103,7 @@ func FuzzOpen(f *testing.F) {
 		}
 		again, err := newChain().node(repaired, "image").check(t.Context(), CheckOptions{})
 		if err != nil || r.Clean() && !again.Clean() {
-			t.Errorf("repaired: %+v\nafter it: %v, %+v", r, err, again)
+			t.Fatalf("repaired: %+v\nafter it: %v, %+v", r, err, again)
 		}
 		if again.Clean() {
 			writeAll(t, repaired, known)

@@ -278,7 +278,7 @@ func (h *Header) validate() error {
 		return fmt.Errorf("%w: L1 table of %d entries: at most %d are possible", ErrHeader, h.L1Entries, maxL1Bytes/entrySize)
 	case h.l1Needed() > int64(h.L1Entries):
 		return fmt.Errorf("%w: L1 table of %d entries for a disk of %d bytes, which needs %d", ErrHeader, h.L1Entries, h.Size, h.l1Needed())
-	case h.L1Offset < 0 || h.L1Offset%h.ClusterSize() != 0:
+	case h.L1Offset < 0 || h.L1Offset%h.ClusterSize() != 0 || h.L1Offset == 0 && h.L1Entries > 0:
 		return fmt.Errorf("%w: L1 table at %#x", ErrHeader, uint64(h.L1Offset))
 	case h.Incompatible&FeatureCompression == 0 && h.Compression != Zlib:
 		return fmt.Errorf("%w: compression type %d without its feature bit", ErrHeader, h.Compression)

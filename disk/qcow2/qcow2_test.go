@@ -155,6 +155,7 @@ func TestRefused(t *testing.T) {
 			patch(t, path, int64(at-1), append([]byte{9}, "sundial\x00"...))
 			patch(t, path, 72, be64(1<<9))
 		}, ErrUnsupported, []string{"bit 9", `"sundial"`}},
+		{"L1 table is the header", patched(40, be64(0)), ErrHeader, []string{"L1 table at 0x0"}},
 		{"version 4", patched(4, be32(4)), ErrUnsupported, []string{"version 4"}},
 		{"version 1", patched(4, be32(1)), ErrUnsupported, []string{"version 1"}},
 		{"not an image", func(t *testing.T, dir string) {
@@ -352,6 +353,17 @@ func TestUnalignedTables(t *testing.T) {
 			t.Errorf("%#x: %v", tt.to, err)
 		}
 		n.Close()
+	}
+	// A table that is to be written is copied first, from where there is one.
+	if err := func() error {
+		n, err := Open(path, false)
+		if err != nil {
+			return err
+		}
+		defer n.Close()
+		return n.Writev([][]byte{make([]byte, 512)}, 0)
+	}(); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "L2 table") {
+		t.Errorf("write: %v", err)
 	}
 	// A table that maps itself is odd, and harmless.
 	patch(t, path, l1, be64(uint64(l1)))

@@ -305,6 +305,9 @@ func (n *Node) l2ForWrite(cluster int64) (*slice, int64, error) {
 // is 0. Preconditions: mu is held.
 func (n *Node) newL2(index, old int64) error {
 	size := n.header.ClusterSize()
+	if old != 0 && !n.within(old, size) {
+		return fmt.Errorf("%w: L2 table at %#x (L1 entry %d) does not start at a cluster of the file", ErrCorrupt, old, index)
+	}
 	at, _, err := n.alloc(1)
 	if err != nil {
 		return err
