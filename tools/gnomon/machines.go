@@ -57,6 +57,12 @@ func checkMachineName(name string) error {
 	if !machineName.MatchString(name) {
 		return fmt.Errorf("machine name %q: use up to 64 letters, digits, dots, dashes and underscores, a letter or digit first", name)
 	}
+	// gnomon checkpoint NAME must mean the machine.
+	for _, cmd := range newCheckpointCommand().Commands() {
+		if cmd.Name() == name {
+			return fmt.Errorf("machine name %q: gnomon checkpoint %s is a command: choose another name", name, name)
+		}
+	}
 	return nil
 }
 

@@ -21,7 +21,7 @@ func registered(t *testing.T, name string) (*registration, machineInfo) {
 func TestMachineNames(t *testing.T) {
 	for name, good := range map[string]bool{
 		"vm1": true, "a.b-c_d": true, "0": true, strings.Repeat("a", 64): true,
-		"": false, ".": false, "..": false, "-a": false, "a/b": false, "a b": false, "a\n": false, strings.Repeat("a", 65): false,
+		"": false, ".": false, "..": false, "-a": false, "a/b": false, "a b": false, "a\n": false, "info": false, "commit": false, "informed": true, strings.Repeat("a", 65): false,
 	} {
 		if err := checkMachineName(name); (err == nil) != good {
 			t.Errorf("%q: %v", name, err)
