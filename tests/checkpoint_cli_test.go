@@ -174,3 +174,30 @@ func TestRecordedSetThatFails(t *testing.T) {
 	}
 	warned("is not kept", "--record")
 }
+
+// What cannot be done with checkpoints is refused on one line that says what, why,
+// and what to do.
+func TestBadUseOfCheckpoints(t *testing.T) {
+	p := newPlace(t)
+	for _, test := range []struct {
+		name   string
+		args   []string
+		status int
+		words  []string
+	}{
+		{"RestoreOfNothing", []string{"restore", "nowhere"}, 1, []string{"checkpoint nowhere", "no such file", "check the path"}},
+		{"RestoreOfText", []string{"restore", "text"}, 1, []string{"text", "not a checkpoint"}},
+		{"InfoOfNothing", []string{"checkpoint", "info", "nowhere"}, 1, []string{"checkpoint nowhere", "no such file", "check the path"}},
+		{"VerifyOfNothing", []string{"checkpoint", "verify", "nowhere"}, 1, []string{"checkpoint nowhere", "no such file", "check the path"}},
+		{"FlattenOfNothing", []string{"checkpoint", "flatten", "nowhere", "--to", "x"}, 1, []string{"checkpoint nowhere", "no such file", "check the path"}},
+		{"ExtractOfNothing", []string{"checkpoint", "extract", "nowhere", "--to", "x"}, 1, []string{"checkpoint nowhere", "no such file", "check the path"}},
+		{"NewlineInName", []string{"restore", "no\nwhere"}, 1, []string{`no\nwhere`}},
+		{"NewlineInValue", boots("boot", "--serial=file:no\nwhere/x"), 1, []string{`no\nwhere/x`}},
+		{"Prefetch", []string{"restore", "text", "--prefetch", "local"}, 2, []string{"--prefetch", `"local"`, "locality"}},
+		{"PrefetchNoneAndAnother", []string{"restore", "text", "--prefetch", "none,locality"}, 2, []string{"--prefetch", "none,locality", "none goes with no other"}},
+		{"MachineNamedAsCommand", boots("boot", "--name", "verify"), 2, []string{"--name", `"verify"`, "gnomon checkpoint verify", "another name"}},
+		{"CommandNamedAsMachine", []string{"checkpoint", "info", "--to", "x"}, 2, []string{"--to"}},
+	} {
+		t.Run(test.name, func(t *testing.T) { p.refused(t, test.status, test.words, gnomon, test.args...) })
+	}
+}

@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// ErrPolicy is a prefetch policy that does not exist.
-var ErrPolicy = errors.New("unknown prefetch policy")
+// ErrPolicy is a prefetch policy that there is not.
+var ErrPolicy = errors.New("not a prefetch policy")
 
 // Policy says what is loaded beside the page that is demanded. Policies can be
 // combined; without any, it is that page alone.
@@ -59,7 +59,10 @@ next:
 				continue next
 			}
 		}
-		return 0, fmt.Errorf("%w: %q; there are none, physical, locality and recorded, the last three also together with commas between", ErrPolicy, name)
+		if name == "none" {
+			return 0, fmt.Errorf("%w: %q: none goes with no other: leave out none, or the rest", ErrPolicy, s)
+		}
+		return 0, fmt.Errorf("%w: %q: none is possible, or physical, locality and recorded, also together with commas between", ErrPolicy, name)
 	}
 	return p, nil
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
@@ -22,6 +23,9 @@ func TestParsePolicy(t *testing.T) {
 		if got, err := ParsePolicy(s); !errors.Is(err, ErrPolicy) {
 			t.Errorf("%q: %v, %v", s, got, err)
 		}
+	}
+	if _, err := ParsePolicy("locality,none"); err == nil || !strings.Contains(err.Error(), "none goes with no other") {
+		t.Error(err)
 	}
 }
 

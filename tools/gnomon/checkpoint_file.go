@@ -23,6 +23,20 @@ func newCheckpointFileCommands() []*cobra.Command {
 	}
 }
 
+func openCheckpoint(path string) (*checkpoint.Reader, error) {
+	r, err := checkpoint.Open(path)
+	return r, explainNoCheckpoint(path, err)
+}
+
+// explainNoCheckpoint says what to do about a checkpoint that is not there; its
+// parents' errors say it themselves.
+func explainNoCheckpoint(path string, err error) error {
+	if _, missing := os.Stat(path); err == nil || missing == nil {
+		return err
+	}
+	return explainMissing("checkpoint", path, err)
+}
+
 func printJSON(w io.Writer, v any) error {
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")
@@ -40,7 +54,7 @@ func newCheckpointInfoCommand() *cobra.Command {
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
-		r, err := checkpoint.Open(args[0])
+		r, err := openCheckpoint(args[0])
 		if err != nil {
 			return err
 		}
@@ -86,7 +100,7 @@ names the file, what is damaged in it, and the offset.`,
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
-		r, err := checkpoint.Open(args[0])
+		r, err := openCheckpoint(args[0])
 		if err != nil {
 			return err
 		}
@@ -134,7 +148,7 @@ checkpoint in the directories where they are needs one of them; checkpoints else
 		if *to == "" {
 			return usageError(errors.New("no --to: name the checkpoint file to make"))
 		}
-		r, err := checkpoint.Open(args[0])
+		r, err := openCheckpoint(args[0])
 		if err != nil {
 			return err
 		}
@@ -187,7 +201,7 @@ OUT must not exist, and is there only when it is complete.`,
 		if *to == "" && *section == "" {
 			return usageError(errors.New("no --to: name the file to write the memory to"))
 		}
-		r, err := checkpoint.Open(args[0])
+		r, err := openCheckpoint(args[0])
 		if err != nil {
 			return err
 		}

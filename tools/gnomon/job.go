@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/schollz/progressbar/v3"
@@ -52,8 +53,11 @@ func runJob(ctx context.Context, c *client.Client, label, id, command string, ar
 			if err := c.Execute(background, "job-dismiss", map[string]any{"id": id}, nil); err != nil {
 				return err
 			}
+			if rest, ok := strings.CutPrefix(info.Error, "Operation canceled"); ok && ctx.Err() != nil {
+				return fmt.Errorf("%w%s", ctx.Err(), rest)
+			}
 			if info.Error != "" {
-				return errors.Join(errors.New(info.Error), ctx.Err())
+				return errors.New(info.Error)
 			}
 			return nil
 		}

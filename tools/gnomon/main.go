@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -65,13 +67,45 @@ func execute(ctx context.Context, args []string) int {
 	case errors.Is(err, vmm.ErrConfig):
 		status = statusUsage
 	}
-	if text := oneLine(err); text != "" {
+	if text := said(ctx, cmd, args, err); text != "" {
 		if status == statusUsage {
 			text += fmt.Sprintf(" (%s --help tells more)", cmd.CommandPath())
 		}
 		fmt.Fprintf(os.Stderr, "gnomon: %s\n", text)
 	}
 	return status
+}
+
+// said is what the user is told of an error.
+func said(ctx context.Context, cmd *cobra.Command, args []string, err error) string {
+	text := err.Error()
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		text = strings.ReplaceAll(text, context.Canceled.Error(), interrupted)
+		if text == interrupted {
+			text = strings.TrimPrefix(cmd.CommandPath(), "gnomon ") + ": " + text
+		}
+	}
+	for _, arg := range args {
+		_, value, _ := strings.Cut(arg, "=")
+		for _, name := range []string{arg, value} {
+			if clean := printable(name); clean != name {
+				text = strings.ReplaceAll(text, name, clean)
+			}
+		}
+	}
+	return oneLine(errors.New(text))
+}
+
+const interrupted = "interrupted"
+
+// printable is a text with what is not to be printed, such as a newline in a name,
+// written as Go does.
+func printable(s string) string {
+	if strings.IndexFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) < 0 {
+		return s
+	}
+	quoted := strconv.Quote(s)
+	return quoted[1 : len(quoted)-1]
 }
 
 // oneLine is what an error says, on one line.

@@ -75,7 +75,7 @@ The exit status is that of gnomon run.`,
 		}
 		image, err := snapshot.Open(args[0])
 		if err != nil {
-			return err
+			return explainNoCheckpoint(args[0], err)
 		}
 		defer image.Close()
 		f.checkpoint = append([]string{args[0]}, image.Parents()...)

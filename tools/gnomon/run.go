@@ -185,7 +185,7 @@ func run(ctx context.Context, p *plan, build func(vmm.Config) (*built, error)) (
 
 // report tells of an error that does not end the machine.
 func report(format string, args ...any) {
-	fmt.Fprintf(os.Stderr, "gnomon: "+format+"\n", args...)
+	fmt.Fprintf(os.Stderr, "gnomon: %s\n", oneLine(fmt.Errorf(format, args...)))
 }
 
 // reportDiskErrors returns an observer that reports each disk's first error.
