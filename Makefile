@@ -10,12 +10,9 @@ PACKAGES := acpica-tools bc bison build-essential busybox-static cpio curl e2fsp
 GO_PACKAGES := ./...
 # The main fuzz targets run this long in make test, in whole seconds.
 FUZZTIME ?= 30s
-# Packages whose tests boot whole machines run one after the other: they would
-# take each other's processors.
-SERIAL_PACKAGES := ./tests/... ./tools/... ./vmm/...
 TESTFLAGS ?= -timeout 25m
 
-.PHONY: run test test-long bench build guest deps check unit fuzz clean help
+.PHONY: run test test-long bench build guest deps check unit machines fuzz clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s "$$(printf '\t')"
@@ -23,7 +20,8 @@ help: ## what can be made
 run: deps guest build ## boot the Linux kit: a shell at a terminal, a short tour without one
 	@if [ -t 0 ] && [ -t 1 ]; then go run ./tests/tour -shell; else go run ./tests/tour; fi
 
-test: deps guest build check unit fuzz ## everything that must hold before a change lands
+test: deps guest build check unit ## everything that must hold before a change lands
+	@$(MAKE) --no-print-directory -j 2 --output-sync=line machines fuzz
 	@echo "all tests passed"
 
 test-long: deps guest build ## slow tests too: Debian's own kernel
@@ -44,9 +42,12 @@ check: ## formatting, vet, staticcheck
 	go vet $(GO_PACKAGES)
 	go tool staticcheck $(GO_PACKAGES)
 
-unit: ## all tests, with the race detector
-	CGO_ENABLED=1 go test -race -count=1 -p 2 $(TESTFLAGS) $$(go list ./... | grep -vE '/(tests|tools|vmm)(/|$$)')
-	CGO_ENABLED=1 go test -race -count=1 -p 1 $(TESTFLAGS) $(SERIAL_PACKAGES)
+unit: ## the tests of each package, with the race detector
+	CGO_ENABLED=1 go test -race -count=1 -p 2 $(TESTFLAGS) $$(go list ./... | grep -v '/tests$$')
+
+# Guests whose kernels are interpreted are slower side by side than one by one.
+machines: build ## the tests of the command with whole guests, one by one
+	CGO_ENABLED=1 go test -race -count=1 $(TESTFLAGS) ./tests
 
 fuzz: ## each fuzz target for FUZZTIME
 	@sh tests/fuzz.sh $(FUZZTIME)

@@ -142,7 +142,6 @@ func readUntil(r io.Reader, text string) string {
 // Linux with two vCPUs, restored after its process was killed, is the machine it
 // was; and a program in it that reads its heap meets few faults.
 func TestRestoredLinux(t *testing.T) {
-	t.Parallel()
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	size := int64(64 << 20)

@@ -39,7 +39,6 @@ type linux struct {
 
 // Linux with 2 vCPUs and every device uses each of them for real.
 func TestLinux(t *testing.T) {
-	t.Parallel()
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	m := &linux{dir: t.TempDir(), port: freePort(t), bytes: 64 << 20}
@@ -484,7 +483,6 @@ func waitEvent(ctx context.Context, t *testing.T, events <-chan client.Event, na
 // Linux with 1 vCPU and little memory: the balloon gives what the guest once
 // used back to the host, and a panic is told apart from a power-off.
 func TestLinuxOneCPU(t *testing.T) {
-	t.Parallel()
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	const memory = 96 << 20

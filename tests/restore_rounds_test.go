@@ -300,7 +300,6 @@ func TestRestoreRounds(t *testing.T) {
 		format string
 	}{{1, disk.FormatRaw}, {2, disk.FormatRaw}, {1, disk.FormatQcow2}, {2, disk.FormatQcow2}} {
 		t.Run(fmt.Sprintf("%dvCPU-%s", c.cpus, c.format), func(t *testing.T) {
-			t.Parallel()
 			testRestoreRounds(t, c.cpus, c.format, roundsEach)
 		})
 	}

@@ -131,7 +131,6 @@ func (g *moving) move(t *testing.T, vsock string, restore vmm.Restore) {
 // A Linux guest with timers, files, memory and connections in use goes on in a
 // second and a third machine.
 func TestStateOfLinux(t *testing.T) {
-	t.Parallel()
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	dir := t.TempDir()
