@@ -72,7 +72,7 @@ machine. gnomon restore starts a machine from the file.`,
 		if *to == "" {
 			return usageError(errors.New("no --to: name the checkpoint file to make"))
 		}
-		arguments := map[string]any{"mode": *mode, "disks": *disks}
+		arguments := map[string]any{"mode": *mode, "disks": *disks, "dismiss-on-disconnect": true}
 		for key, path := range map[string]string{"file": *to, "parent": *parent} {
 			if path == "" {
 				continue

@@ -44,6 +44,9 @@ type (
 		Parent *string          `qmp:"parent"`
 		Mode   *checkpointMode  `qmp:"mode"`
 		Disks  *checkpointDisks `qmp:"disks"`
+		// DismissOnDisconnect has the job dismissed when it is concluded and who
+		// started it has hung up: nobody else knows of it.
+		DismissOnDisconnect *bool `qmp:"dismiss-on-disconnect"`
 	}
 	keptDisk struct {
 		ID      string  `qmp:"id"`
@@ -111,7 +114,7 @@ func (mon *monitor) registerCheckpoint(reg *qmp.Registry) {
 
 // checkpoint starts the job that saves the machine. The job is dismissed by
 // whoever started it, as QEMU's snapshot-save is.
-func (mon *monitor) checkpoint(_ context.Context, s *qmp.Session, a checkpointArguments) (e qmp.Empty, err error) {
+func (mon *monitor) checkpoint(session context.Context, s *qmp.Session, a checkpointArguments) (e qmp.Empty, err error) {
 	o := snapshot.SaveOptions{Stop: a.Mode != nil && *a.Mode == modeStop}
 	if a.Disks != nil {
 		o.Disks = map[checkpointDisks]snapshot.Disks{disksKeep: snapshot.KeepDisks, disksCopy: snapshot.CopyDisks, disksNone: snapshot.LeaveDisks}[*a.Disks]
@@ -127,10 +130,17 @@ func (mon *monitor) checkpoint(_ context.Context, s *qmp.Session, a checkpointAr
 	if a.File == "" {
 		return e, qmp.Errorf("Parameter 'file' expects an absolute path")
 	}
-	_, err = s.Server().Jobs().Start(a.JobID, "checkpoint", qmp.JobOptions{ManualDismiss: true}, func(ctx context.Context, j *qmp.Job) error {
+	job, err := s.Server().Jobs().Start(a.JobID, "checkpoint", qmp.JobOptions{ManualDismiss: true}, func(ctx context.Context, j *qmp.Job) error {
 		o.Progress = j.SetProgress
 		return mon.checkpoints.save(ctx, a.File, o)
 	})
+	if err == nil && a.DismissOnDisconnect != nil && *a.DismissOnDisconnect {
+		go func() {
+			<-session.Done()
+			<-job.Done()
+			_ = job.Dismiss() // an error means that it was dismissed
+		}()
+	}
 	return e, err
 }
 
