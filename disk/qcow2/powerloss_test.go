@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/gnomon-vmm/gnomon/disk/bitmap"
@@ -107,10 +108,11 @@ func (m *memory) Readv(bufs [][]byte, off int64) error {
 		if off < 0 || off > size || int64(len(b)) > size-off {
 			return block.ErrOutOfRange // nobody may ask for what is not there
 		}
-		clear(b)
+		there := 0
 		if off < int64(len(m.b)) {
-			copy(b, m.b[off:])
+			there = copy(b, m.b[off:])
 		}
+		clear(b[there:])
 		off += int64(len(b))
 	}
 	return nil
@@ -174,13 +176,13 @@ func inMemory(t testing.TB, files map[string]*memory, readOnly bool) (*Node, err
 
 // sectors are what each sector of a disk held, since it was durable for the last time.
 type sectors struct {
-	now  []byte
+	now  []byte     // as large as the disk may become; zero behind its end
 	was  [][][]byte // by sector: what was durable last, and what came after it
 	size int64
 }
 
-func newSectors(now []byte) *sectors {
-	s := &sectors{now: now, was: make([][][]byte, len(now)/sector), size: int64(len(now))}
+func newSectors(now []byte, size int64) *sectors {
+	s := &sectors{now: now, was: make([][][]byte, len(now)/sector), size: size}
 	s.durable()
 	return s
 }
@@ -198,191 +200,276 @@ func (s *sectors) wrote(off, length int64) {
 	}
 }
 
-// moment is what sectors may hold after the log has that many entries.
+// moment is what a disk may be after the log has that many entries.
 type moment struct {
 	log     int
 	was     [][][]byte
+	sizes   []int64
 	started []byte // what the disk held when its bitmap was made, or nil
 }
 
-// TestPowerLoss cuts the power at every write of a random workload. The writes
+// TestPowerLoss cuts the power at every write of random workloads. The writes
 // since the last flush are then there, or not, or torn between sectors. The image
 // opens; each sector holds what was flushed last or was written since; nothing but
 // space is lost; and a bitmap that counts knows of all that changed.
 func TestPowerLoss(t *testing.T) {
-	const size = 128 << 10
-	cuts := 0
-	for i, o := range []CreateOptions{
-		{ClusterSize: 512},
-		{ClusterSize: 512, Version: 2},
-		{ClusterSize: 1024, RefcountBits: 64},
-		{ClusterSize: 4096, Compression: Zstd},
-		{ClusterSize: 4096, Backing: "base", BackingFormat: "raw"},
-		{ClusterSize: 2048, Backing: "base", BackingFormat: "raw", Version: 2},
+	const enough = 10_000
+	var cuts atomic.Int64
+	t.Cleanup(func() {
+		t.Logf("%d cuts", cuts.Load())
+		if cuts.Load() < enough && !t.Failed() {
+			t.Errorf("%d cuts, of %d", cuts.Load(), enough)
+		}
+	})
+	for i, tt := range []struct {
+		o           CreateOptions // Size is the most that the disk becomes
+		seeds, acts int
+	}{
+		{CreateOptions{Size: 40 << 10, ClusterSize: 512}, 6, 30},
+		{CreateOptions{Size: 40 << 10, ClusterSize: 512, Version: 2}, 5, 30},
+		{CreateOptions{Size: 40 << 10, ClusterSize: 512, RefcountBits: 64}, 5, 30},
+		{CreateOptions{Size: 40 << 10, ClusterSize: 512, Backing: "base", BackingFormat: "raw"}, 5, 30},
+		{CreateOptions{Size: 48 << 10, ClusterSize: 1024, RefcountBits: 1}, 5, 30},
+		{CreateOptions{Size: 48 << 10, ClusterSize: 2048, Backing: "base", BackingFormat: "raw", Version: 2}, 5, 30},
+		{CreateOptions{Size: 64 << 10, ClusterSize: 4096, Compression: Zstd}, 5, 30},
+		{CreateOptions{Size: 96 << 10, ClusterSize: 16 << 10, Backing: "base", BackingFormat: "raw"}, 1, 15},
+		{CreateOptions{Size: 256 << 10, ClusterSize: 64 << 10}, 1, 6},
 	} {
-		o.Size = size
-		first, err := o.encode()
-		if err != nil {
-			t.Fatal(err)
-		}
-		for seed := range effort() {
-			r := rand.New(rand.NewPCG(uint64(seed), uint64(i)))
-			base := &memory{b: mixed(4, size/2), readOnly: true}
-			content := make([]byte, size)
-			if o.Backing != "" {
-				copy(content, base.b)
+		t.Run(fmt.Sprintf("%d bytes, workload %d", tt.o.ClusterSize, i), func(t *testing.T) {
+			t.Parallel()
+			for seed := range tt.seeds * effort() {
+				o := tt.o
+				if seed%2 == 0 {
+					o.Size /= 2 // its L1 table may have to be moved
+				}
+				w := newWorkload(t, o, tt.o.Size, tt.acts, rand.New(rand.NewPCG(uint64(seed), uint64(i))))
+				w.run()
+				w.cut(fmt.Sprintf("%+v, seed %d", o, seed))
+				cuts.Add(int64(len(w.log)))
 			}
-			moments, log := workload(t, r, slices.Clone(first), base, content)
-			cuts += cut(t, r, first, base, moments, log, o)
-		}
+		})
 	}
-	t.Logf("%d cuts", cuts)
 }
 
-// workload does things to an image, and returns what happened to its file, and
-// what was to be expected meanwhile.
-func workload(t *testing.T, r *rand.Rand, first []byte, base *memory, content []byte) ([]moment, []change) {
+// workload does things to an image in memory, and keeps what happened to its file,
+// and what was to be expected meanwhile.
+type workload struct {
+	t       *testing.T
+	r       *rand.Rand
+	acts    int    // each time that it is opened
+	read    []byte // what lookAt reads into
+	first   []byte // the file at the beginning
+	base    *memory
+	log     []change
+	moments []moment
+	s       *sectors
+	started []byte
+}
+
+func newWorkload(t *testing.T, o CreateOptions, most int64, acts int, r *rand.Rand) *workload {
 	t.Helper()
-	var log []change
-	file := &memory{b: first, log: &log}
-	s := newSectors(content)
-	var moments []moment
-	var started []byte
-	note := func() {
-		was := make([][][]byte, len(s.was))
-		copy(was, s.was)
-		moments = append(moments, moment{len(log), was, started})
+	content := make([]byte, most)
+	w := &workload{t: t, r: r, acts: acts, base: &memory{b: make([]byte, most/2), readOnly: true}}
+	for i := range w.base.b {
+		w.base.b[i] = byte(r.Uint32() >> (i / 1024 % 2 * 32)) // each other KiB is zero
 	}
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
+	if o.Backing != "" {
+		copy(content, w.base.b)
 	}
+	first, err := o.encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.first, w.s = first, newSectors(content, o.Size)
+	return w
+}
+
+func (w *workload) must(err error) {
+	w.t.Helper()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// note tells what may be there from here on.
+func (w *workload) note(sizes ...int64) {
+	if sizes == nil {
+		sizes = []int64{w.s.size}
+	}
+	w.moments = append(w.moments, moment{len(w.log), slices.Clone(w.s.was), sizes, w.started})
+}
+
+func (w *workload) run() {
+	file := &memory{b: slices.Clone(w.first), log: &w.log}
 	for range 3 {
-		n, err := inMemory(t, map[string]*memory{"image": file, "base": base}, false)
-		must(err)
-		for range 30 {
-			off := r.Int64N(s.size)
-			length := min(1+r.Int64N(12<<10), s.size-off)
-			part := s.now[off : off+length]
-			switch r.IntN(10) {
-			case 0:
-				clear(part)
-				s.wrote(off, length)
-				note() // it may be there from here on
-				must(n.WriteZeroes(off, length, true))
-			case 1, 2:
-				old := slices.Clone(part)
-				clear(part)
-				s.wrote(off, length)
-				note()
-				must(n.Discard(off, length))
-				must(n.Readv([][]byte{part}, off))
-				if !bytes.Equal(part, old) {
-					s.wrote(off, length)
-				}
-			case 3, 4:
-				must(n.Flush())
-				s.durable()
-			case 5:
-				off -= off % n.header.ClusterSize()
-				part = s.now[off:min(s.size, off+2*n.header.ClusterSize())]
-				for i := range part {
-					part[i] = byte(r.IntN(7))
-				}
-				s.wrote(off, int64(len(part)))
-				note()
-				must(n.WriteCompressed(part, off))
-			default:
-				for i := range part {
-					part[i] = byte(r.Uint32())
-				}
-				s.wrote(off, length)
-				note()
-				must(n.Writev([][]byte{part}, off))
-			}
-			note()
+		n, err := inMemory(w.t, map[string]*memory{"image": file, "base": w.base}, false)
+		w.must(err)
+		for range w.acts {
+			w.act(n)
 		}
-		if started == nil && n.header.Version > 2 {
+		if w.started == nil && n.header.Version > 2 {
 			b, err := bitmap.New("b", n.Size(), 512)
-			must(err)
+			w.must(err)
 			if n.AddBitmap(b) == nil {
-				started = slices.Clone(s.now)
-				note()
+				w.started = slices.Clone(w.s.now)
+				w.note()
 			}
 		}
-		must(n.Close())
-		s.durable()
-		note()
+		w.must(n.Close())
+		w.s.durable()
+		w.note()
 	}
-	return moments, log
 }
 
-// cut looks at the file after each of its changes, and returns how many there were.
-func cut(t *testing.T, r *rand.Rand, first []byte, base *memory, moments []moment, log []change, o CreateOptions) int {
-	t.Helper()
-	durable := slices.Clone(first)
+// act does something.
+func (w *workload) act(n *Node) {
+	s, r := w.s, w.r
+	off := r.Int64N(s.size)
+	length := min(1+r.Int64N(int64(len(s.now)/8)), s.size-off)
+	part := s.now[off : off+length]
+	fill := func() {
+		for i := range part {
+			part[i] = byte(r.Uint32())
+		}
+	}
+	switch r.IntN(20) {
+	case 0, 1:
+		clear(part)
+		s.wrote(off, length)
+		w.note()
+		w.must(n.WriteZeroes(off, length, true))
+	case 2, 3, 4, 5:
+		old := slices.Clone(part)
+		clear(part)
+		s.wrote(off, length)
+		w.note()
+		w.must(n.Discard(off, length))
+		w.must(n.Readv([][]byte{part}, off))
+		if !bytes.Equal(part, old) {
+			s.wrote(off, length)
+		}
+	case 6, 7, 8, 9:
+		w.must(n.Flush())
+		s.durable()
+	case 10:
+		off -= off % n.header.ClusterSize()
+		part = s.now[off:min(s.size, off+2*n.header.ClusterSize())]
+		for i := range part {
+			part[i] = byte(r.IntN(7))
+		}
+		s.wrote(off, int64(len(part)))
+		w.note()
+		w.must(n.WriteCompressed(part, off))
+	case 11:
+		w.resize(n)
+	default:
+		fill()
+		s.wrote(off, length)
+		w.note()
+		w.must(n.Writev([][]byte{part}, off))
+	}
+	w.note()
+}
+
+// resize makes the disk larger or smaller, down to half of the most that it
+// becomes. What is behind its end is zero when it comes back.
+func (w *workload) resize(n *Node) {
+	s := w.s
+	most := int64(len(s.now))
+	size := (most/2 + w.r.Int64N(most/2+1)) / sector * sector
+	w.note(s.size, size)
+	w.must(n.Resize(size))
+	if size < s.size {
+		clear(s.now[size:])
+		for i := size / sector; i < s.size/sector; i++ {
+			s.was[i] = [][]byte{make([]byte, sector)}
+		}
+		if w.started != nil {
+			w.started = slices.Clone(w.started)
+			clear(w.started[size:])
+		}
+	}
+	s.size = size
+}
+
+// cut looks at the file after each of its changes.
+func (w *workload) cut(what string) {
+	w.t.Helper()
+	durable := slices.Clone(w.first)
+	var b []byte
 	flushed, at := 0, 0
-	dir := t.TempDir()
-	writeFile(t, filepath.Join(dir, "base"), base.b)
-	for k := range log {
-		if log[k].flush {
-			for _, c := range log[flushed:k] {
+	dir := w.t.TempDir()
+	writeFile(w.t, filepath.Join(dir, "base"), w.base.b)
+	for k := range w.log {
+		if w.log[k].flush {
+			for _, c := range w.log[flushed:k] {
 				durable = c.apply(durable)
 			}
 			flushed = k + 1
 		}
 		// What may be there is what the moment before says, and the one after.
-		for at+1 < len(moments) && moments[at+1].log <= k {
+		for at+1 < len(w.moments) && w.moments[at+1].log <= k {
 			at++
 		}
-		b := slices.Clone(durable)
-		for _, c := range log[flushed : k+1] {
-			switch whole := r.IntN(3); {
-			case c.flush || whole == 0:
-			case whole == 1 || c.data == nil:
-				b = c.apply(b)
-			default: // some of its sectors
-				for from := int64(0); from < int64(len(c.data)); {
-					to := min((c.at+from)/sector*sector+sector-c.at, int64(len(c.data)))
-					if r.IntN(2) == 0 {
-						b = change{at: c.at + from, data: c.data[from:to]}.apply(b)
-					}
-					from = to
-				}
-			}
+		b = append(b[:0], durable...)
+		for _, c := range w.log[flushed : k+1] {
+			b = w.torn(c, b)
 		}
-		what := fmt.Sprintf("%+v, cut after change %d of %d", o, k, len(log))
-		if k%100 == 7 {
+		what := fmt.Sprintf("%s, cut after change %d of %d", what, k, len(w.log))
+		if k%500 == 7 {
 			path := filepath.Join(dir, "image.qcow2")
-			writeFile(t, path, b)
-			if q := checkByQEMU(t, path); q.Corruptions != 0 || q.CheckErrors != 0 {
-				t.Fatalf("%s: QEMU: %+v", what, q)
+			writeFile(w.t, path, b)
+			if q := checkByQEMU(w.t, path); q.Corruptions != 0 || q.CheckErrors != 0 {
+				w.t.Fatalf("%s: QEMU: %+v", what, q)
 			}
 		}
-		lookAt(t, what, b, base, moments[at:min(at+2, len(moments))])
+		b = w.lookAt(what, b, w.moments[at:min(at+2, len(w.moments))], k%3 == 0)
 	}
-	return len(log)
 }
 
-// lookAt opens an image after a cut.
-func lookAt(t *testing.T, what string, b []byte, base *memory, moments []moment) {
+// torn makes of a file what a change that nobody waited for does: all, nothing, or
+// some sectors.
+func (w *workload) torn(c change, b []byte) []byte {
+	switch whole := w.r.IntN(3); {
+	case c.flush || whole == 0:
+	case whole == 1 || c.data == nil:
+		return c.apply(b)
+	default:
+		for from := int64(0); from < int64(len(c.data)); from += sector {
+			if to := min(from+sector, int64(len(c.data))); w.r.IntN(2) == 0 {
+				b = change{at: c.at + from, data: c.data[from:to]}.apply(b)
+			}
+		}
+	}
+	return b
+}
+
+// lookAt opens an image after a cut, goes on writing it if it is told so, and
+// returns the memory that it was in.
+func (w *workload) lookAt(what string, b []byte, moments []moment, goOn bool) []byte {
+	t := w.t
 	t.Helper()
-	unopened := (&chain{}).node(&memory{b: b}, "image")
-	report, err := unopened.check(context.Background(), CheckOptions{})
+	file := &memory{b: b}
+	report, err := (&chain{}).node(file, "image").check(context.Background(), CheckOptions{})
 	if err != nil || report.Corruptions != 0 || report.CheckErrors != 0 {
 		t.Fatalf("%s: %v\n%+v", what, err, report)
 	}
-	file := &memory{b: b}
-	n, err := inMemory(t, map[string]*memory{"image": file, "base": base}, false)
+	n, err := inMemory(t, map[string]*memory{"image": file, "base": w.base}, false)
 	if err != nil {
 		t.Fatalf("%s: %v", what, err)
 	}
-	got := readAll(t, n)
+	sized := slices.DeleteFunc(slices.Clone(moments), func(m moment) bool { return !slices.Contains(m.sizes, n.Size()) })
+	if len(sized) == 0 {
+		t.Fatalf("%s: the disk has %d bytes: %v, %v", what, n.Size(), moments[0].sizes, moments[len(moments)-1].sizes)
+	}
+	w.read = append(w.read[:0], make([]byte, n.Size())...)
+	got := w.read
+	if err := n.Readv([][]byte{got}, 0); err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
 	for i := range len(got) / sector {
 		part := got[i*sector:][:sector]
-		if !slices.ContainsFunc(moments, func(m moment) bool {
+		if !slices.ContainsFunc(sized, func(m moment) bool {
 			return slices.ContainsFunc(m.was[i], func(b []byte) bool { return bytes.Equal(b, part) })
 		}) {
 			t.Fatalf("%s: sector %d holds neither what was flushed nor what was written since", what, i)
@@ -395,9 +482,12 @@ func lookAt(t *testing.T, what string, b []byte, base *memory, moments []moment)
 			}
 		}
 	}
+	if !goOn {
+		return file.b
+	}
 	// It can be written on, and what is lost be given back.
 	for off := int64(0); off < n.Size(); off += 16 << 10 {
-		if err := n.Writev([][]byte{bytes.Repeat([]byte{0x5a}, 1000)}, off); err != nil {
+		if err := n.Writev([][]byte{bytes.Repeat([]byte{0x5a}, int(min(1000, n.Size()-off)))}, off); err != nil {
 			t.Fatalf("%s: %v", what, err)
 		}
 	}
@@ -408,4 +498,5 @@ func lookAt(t *testing.T, what string, b []byte, base *memory, moments []moment)
 	if report, err := again.check(context.Background(), CheckOptions{Repair: RepairLeaks}); err != nil || !report.Clean() || report.CorruptionsFixed != 0 {
 		t.Fatalf("%s: written on: %v\n%+v", what, err, report)
 	}
+	return file.b
 }
