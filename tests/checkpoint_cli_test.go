@@ -147,6 +147,32 @@ func TestRestoreOfChangedDisks(t *testing.T) {
 	s.restores(ctx, t, "--accept-changed-disks")
 }
 
+// Disks of other sizes than the guest knows, or that it knows as others, are refused
+// by name, and so are they where the checkpoint leaves disks to the user.
+func TestRestoreOfOtherDisks(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	for _, disks := range []string{"keep", "none"} {
+		s := saveMachine(ctx, t, "--disks", disks)
+		larger := filepath.Join(t.TempDir(), "larger.img")
+		if err := os.WriteFile(larger, make([]byte, 2<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		fixed := "readonly=on,file=" + s.fixed
+		for _, test := range []struct{ first, second, disk, why string }{
+			{"file=" + larger, fixed, "disk0", "has 2097152 bytes, and had 1048576"},
+			{"file=" + s.disk, "readonly=on,file=" + larger, "disk1", "has 2097152 bytes, and had 1048576"},
+			{"readonly=on,file=" + s.disk, fixed, "disk0", "can be written"},
+			{"file=" + larger, "file=" + s.fixed, "disk", "use one of that size"},
+			{"file=" + s.disk, "file=" + s.fixed, "disk1", "cannot be written"},
+		} {
+			s.refusedRestore(ctx, t, []string{"--disk", test.first, "--disk", test.second}, "virtio-blk:"+test.disk, test.why)
+		}
+		s.refusedRestore(ctx, t, []string{"--disk", "file=" + s.disk}, "virtio-blk:disk1")
+		s.restores(ctx, t, "--disk", "file="+s.disk, "--disk", fixed)
+	}
+}
+
 // What was recorded and cannot be used, or cannot be kept, is told of; it ends no
 // machine but one that has nothing else to go by.
 func TestRecordedSetThatFails(t *testing.T) {

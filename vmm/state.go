@@ -10,7 +10,6 @@ import (
 
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 	"github.com/gnomon-vmm/gnomon/vmm/device"
-	"github.com/gnomon-vmm/gnomon/vmm/virtio"
 )
 
 // ErrRestore is the stage of taking over a saved machine's state.
@@ -122,7 +121,7 @@ func (m *Machine) parts() []part {
 		partOf("pci", infallible(m.pci.State), m.pci.Restore),
 	)
 	for _, d := range m.disks {
-		parts = append(parts, partOf("virtio-blk:"+d.ID, infallible(d.Device.State), func(s virtio.BlkState) error { d.Device.Restore(s); return nil }))
+		parts = append(parts, partOf("virtio-blk:"+d.ID, infallible(d.Device.State), d.Device.Restore))
 	}
 	for _, n := range m.nets {
 		parts = append(parts, partOf("virtio-net:"+n.ID, infallible(n.Device.State), n.Device.SetState))

@@ -94,6 +94,10 @@ type BlkConfig struct {
 // BlkState is what survives a checkpoint.
 type BlkState struct {
 	Writeback bool // the driver lets writes stay in the cache until a flush
+	// Size in bytes, and ReadOnly, are of what the guest was shown; states from
+	// before they were kept have neither.
+	Size     int64 `json:",omitempty"`
+	ReadOnly *bool `json:",omitempty"`
 }
 
 // Blk is a virtio block device.
@@ -226,10 +230,21 @@ func (b *Blk) Resized() {
 }
 
 // State returns what must survive a checkpoint.
-func (b *Blk) State() BlkState { return BlkState{Writeback: b.writeback.Load()} }
+func (b *Blk) State() BlkState {
+	return BlkState{Writeback: b.writeback.Load(), Size: b.cfg.Node.Size(), ReadOnly: &b.readOnly}
+}
 
-// Restore takes over saved state.
-func (b *Blk) Restore(s BlkState) { b.writeback.Store(s.Writeback) }
+// Restore takes over saved state, unless the disk is not what the guest was shown.
+func (b *Blk) Restore(s BlkState) error {
+	if size := b.cfg.Node.Size(); s.Size != 0 && s.Size != size {
+		return fmt.Errorf("%w: the disk has %d bytes, and had %d when it was saved: use one of that size", ErrBlk, size, s.Size)
+	}
+	if s.ReadOnly != nil && *s.ReadOnly != b.readOnly {
+		return fmt.Errorf("%w: the guest knows the disk as one that %s be written: make it so (readonly=on, or off)", ErrBlk, map[bool]string{true: "cannot", false: "can"}[*s.ReadOnly])
+	}
+	b.writeback.Store(s.Writeback)
+	return nil
+}
 
 // writeThrough tells that a write must be durable when it completes (section 5.2.6.2).
 func (b *Blk) writeThrough() bool {

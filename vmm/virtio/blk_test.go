@@ -395,8 +395,20 @@ func TestBlkWriteThrough(t *testing.T) {
 	}
 	// The choice survives a checkpoint, and ends with a reset.
 	s := b.blk.State()
-	b.blk.Restore(BlkState{Writeback: true})
-	b.blk.Restore(s)
+	for _, state := range []BlkState{{Writeback: true}, s} { // the first as older ones are
+		if err := b.blk.Restore(state); err != nil {
+			t.Error(err)
+		}
+	}
+	other, readOnly := s, !*s.ReadOnly
+	other.Writeback, other.ReadOnly = !s.Writeback, &readOnly
+	larger := s
+	larger.Writeback, larger.Size = !s.Writeback, s.Size+512
+	for _, state := range []BlkState{other, larger} {
+		if err := b.blk.Restore(state); !errors.Is(err, ErrBlk) {
+			t.Errorf("another disk than %+v: %v", state, err)
+		}
+	}
 	if write() != 1 {
 		t.Error("restore lost the cache mode")
 	}
