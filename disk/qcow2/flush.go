@@ -221,8 +221,9 @@ func (n *Node) trim() error {
 		}
 		w.end -= size
 	}
-	if w.end < was {
-		return n.w.file.Resize(w.end)
+	if w.end < max(was, w.room) {
+		w.room = 0
+		return w.file.Resize(w.end)
 	}
 	return nil
 }

@@ -28,6 +28,7 @@ const (
 	countCacheBytes = 1 << 20
 	maxFreed        = 4096    // runs of clusters that wait for a flush
 	maxRun          = 2 << 20 // bytes that are allocated at once
+	roomStep        = 64      // clusters by which the file becomes longer before they are written
 )
 
 // writer is what an image that can be written has beside.
@@ -37,6 +38,7 @@ type writer struct {
 	mu      sync.Mutex
 	change  sync.Cond      // on mu: busy, loading, or active while quiesce waits
 	end     int64          // of the file, in whole clusters; guarded by mu
+	room    int64          // the file is at least so long, with zeroes behind end; guarded by mu
 	counts  refcounts      // guarded by mu
 	l2      sliceCache     // guarded by mu
 	l1      map[int64]bool // entries of the L1 table that the file has not; guarded by mu
@@ -125,6 +127,20 @@ func (w *writer) extend(n int64) int64 {
 	w.end += n
 	w.file.Grow(w.end)
 	return at
+}
+
+// makeRoom has the file reach to its end although its last cluster is not written
+// as a whole, and tells whether that could be done. Preconditions: mu is held.
+func (w *writer) makeRoom(clusterSize int64) bool {
+	if w.room >= w.end {
+		return true
+	}
+	// Nothing is written behind end: this never makes the file shorter.
+	if w.file.Resize(w.end+roomStep*clusterSize) != nil {
+		return false
+	}
+	w.room = w.end + roomStep*clusterSize
+	return true
 }
 
 // free has clusters be given back after the next flush. Preconditions: mu is held.
@@ -444,6 +460,7 @@ func (n *Node) writeSome(c *cursor, off, length int64) (int64, error) {
 			count++
 		}
 	}
+	end := w.end
 	if host == 0 {
 		host, count, err = n.alloc(count)
 	} else if err = n.overlaps(host, size); err != nil {
@@ -455,12 +472,20 @@ func (n *Node) writeSome(c *cursor, off, length int64) (int64, error) {
 	}
 	fresh := e.kind != zero || !e.own
 	piece := min(length, count*size-within)
+	// Behind the file's end all is zero already, as it is to be around the piece.
+	blank := host >= end && piece < count*size && (e.kind == zero || e.kind == unallocated && !n.backed(first*size)) && w.makeRoom(size)
 	for i := range count {
 		w.busy[first+i] = true
 	}
 	w.mu.Unlock()
 
-	err = n.writeClusters(c, host, first*size, within, piece)
+	if blank {
+		v := c.take(piece)
+		err = n.file.Writev(v.bufs, host+within)
+		v.release()
+	} else {
+		err = n.writeClusters(c, host, first*size, within, piece)
+	}
 
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -1,10 +1,13 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -13,35 +16,68 @@ import (
 
 // image is a disk image that all contenders use in turn.
 type image struct {
-	path string
-	size int64
+	path, format string
+	size         int64 // of what is written, from the beginning
 }
 
-func imageOf(b *bench) image { return image{filepath.Join(b.dir, "disk.img"), 256 * mib} }
+// image is that of the experiments with disks: raw and qcow2 hold the same.
+func (b *bench) image(format string) image {
+	return image{filepath.Join(b.dir, "disk."+format), format, 256 * mib}
+}
 
 // make writes the image, if it is not there yet, and brings it into the page
 // cache with nothing left to write back.
 func (i image) make() error {
+	if i.format != "raw" {
+		if _, err := os.Stat(i.path); err != nil {
+			from := image{i.path + ".raw", "raw", i.size}
+			if err := from.make(); err != nil {
+				return err
+			}
+			defer os.Remove(from.path)
+			if err := qemuImg("convert", "-f", "raw", "-O", i.format, from.path, i.path); err != nil {
+				return err
+			}
+		}
+	}
 	f, err := os.OpenFile(i.path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	buf := make([]byte, mib)
-	for off := st.Size(); off < i.size; off += mib {
-		probe.Pattern(buf, 1, uint64(off))
-		if _, err := f.WriteAt(buf, off); err != nil {
+	if i.format == "raw" {
+		st, err := f.Stat()
+		if err != nil {
 			return err
+		}
+		buf := make([]byte, mib)
+		for off := st.Size(); off < i.size; off += mib {
+			probe.Pattern(buf, 1, uint64(off))
+			if _, err := f.WriteAt(buf, off); err != nil {
+				return err
+			}
 		}
 	}
 	if _, err := io.Copy(io.Discard, f); err != nil {
 		return err
 	}
 	return f.Sync()
+}
+
+// empty replaces the image by one of 4 GiB with nothing in it.
+func (i image) empty() error {
+	if err := os.Remove(i.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return qemuImg("create", "-q", "-f", i.format, i.path, "4G")
+}
+
+func qemuImg(args ...string) error {
+	out, err := exec.Command("qemu-img", args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("qemu-img %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(out))
+	}
+	return nil
 }
 
 // A diskLoad is one way to use the disk.
@@ -51,54 +87,81 @@ type diskLoad struct {
 	mbytes             bool   // the figure is MB/s and not requests/s
 }
 
+// diskLoads use what the image holds.
 var diskLoads = []diskLoad{
-	{"randread1", "virtio-blk 4 KiB random read, 1 in flight", "1/s", "op=randread bs=4k qd=1", false},
-	{"randread32", "virtio-blk 4 KiB random read, 32 in flight", "1/s", "op=randread bs=4k qd=32", false},
-	{"randwrite1", "virtio-blk 4 KiB random write, 1 in flight", "1/s", "op=randwrite bs=4k qd=1 data=same", false},
-	{"randwrite32", "virtio-blk 4 KiB random write, 32 in flight", "1/s", "op=randwrite bs=4k qd=32 data=same", false},
-	{"seqread", "virtio-blk 1 MiB sequential read, 8 in flight", "MB/s", "op=seqread bs=1M qd=8", true},
-	{"seqwrite", "virtio-blk 1 MiB sequential write, 8 in flight", "MB/s", "op=seqwrite bs=1M qd=8 data=same", true},
+	{"randread1", "4 KiB random read, 1 in flight", "1/s", "op=randread bs=4k qd=1", false},
+	{"randread32", "4 KiB random read, 32 in flight", "1/s", "op=randread bs=4k qd=32", false},
+	{"randwrite1", "4 KiB random write, 1 in flight", "1/s", "op=randwrite bs=4k qd=1 data=same", false},
+	{"randwrite32", "4 KiB random write, 32 in flight", "1/s", "op=randwrite bs=4k qd=32 data=same", false},
+	{"seqread", "1 MiB sequential read, 8 in flight", "MB/s", "op=seqread bs=1M qd=8", true},
+	{"seqwrite", "1 MiB sequential write, 8 in flight", "MB/s", "op=seqwrite bs=1M qd=8 data=same", true},
+}
+
+// allocatingLoads write where an empty image has nothing yet, each elsewhere.
+var allocatingLoads = []diskLoad{
+	{"allocating32", "4 KiB random allocating write, 32 in flight", "1/s", "op=randwrite bs=4k qd=32 data=same off=0 span=2G count=6000", false},
+	{"seqallocating", "1 MiB sequential allocating write, 8 in flight", "MB/s", "op=seqwrite bs=1M qd=8 data=same off=2G span=1G total=384M", true},
 }
 
 // block measures virtio-blk with one image in the page cache, beside each of
 // QEMU's usual ways to do I/O; the best of them counts.
-func (b *bench) block() experiment {
-	img := imageOf(b)
+func (b *bench) block(format string) experiment {
+	name := "virtio-blk"
+	if format != "raw" {
+		name += " " + format
+	}
+	return b.blockLoads(name, b.image(format), diskLoads, func(l diskLoad) []string {
+		// The first moments, in which a side's threads and caches warm up, do not count.
+		return []string{l.words + " ms=50", fmt.Sprintf("%s ms=%d", l.words, b.pick(800, 200))}
+	}, image.make)
+}
+
+// allocating measures virtio-blk with a qcow2 image that is empty for each run.
+func (b *bench) allocating() experiment {
+	img := image{filepath.Join(b.dir, "empty.qcow2"), "qcow2", 0}
+	return b.blockLoads("virtio-blk qcow2", img, allocatingLoads, func(l diskLoad) []string { return []string{l.words} }, image.empty)
+}
+
+// blockLoads measures the last of each load's words.
+func (b *bench) blockLoads(name string, img image, loads []diskLoad, words func(diskLoad) []string, ready func(image) error) experiment {
 	qemu := func(aio, device string, more ...string) vmm {
 		return b.peer("q35", 256, append([]string{
-			"-drive", "file=" + img.path + ",format=raw,if=none,id=d,cache=writeback,aio=" + aio,
+			"-drive", "file=" + img.path + ",format=" + img.format + ",if=none,id=d,cache=writeback,aio=" + aio,
 			"-device", "virtio-blk-pci,drive=d,disable-legacy=on" + device,
 		}, more...)...)
 	}
 	thread := []string{"-object", "iothread,id=io0"}
 	run := func(v vmm) func(context.Context) (figures, error) {
-		return func(ctx context.Context) (figures, error) { return b.blockOnce(ctx, v, img) }
+		return func(ctx context.Context) (figures, error) {
+			if err := ready(img); err != nil {
+				return nil, err
+			}
+			return v.blockOnce(ctx, loads, words)
+		}
 	}
 	e := experiment{
-		name: "block",
+		name: name,
 		contenders: []contender{
-			{"gnomon", run(b.ours(256, "--disk", "file="+img.path, "--net", "none"))},
+			{"gnomon", run(b.ours(256, "--disk", "file="+img.path+",format="+img.format, "--net", "none"))},
 			{"QEMU q35 io_uring", run(qemu("io_uring", ""))},
 			{"QEMU q35 io_uring iothread", run(qemu("io_uring", ",iothread=io0", thread...))},
 			{"QEMU q35 threads iothread", run(qemu("threads", ",iothread=io0", thread...))},
 		},
 	}
-	for _, l := range diskLoads {
-		e.promises = append(e.promises, promise{metric: l.metric, text: l.text, unit: l.unit, higher: true, bound: bound{"ratio", ">=", 1}})
+	for _, l := range loads {
+		e.promises = append(e.promises, promise{metric: l.metric, text: name + " " + l.text, unit: l.unit, higher: true, bound: bound{"ratio", ">=", 1}})
 	}
 	return e
 }
 
-func (b *bench) blockOnce(ctx context.Context, v vmm, img image) (figures, error) {
-	if err := img.make(); err != nil {
-		return nil, err
+func (v vmm) blockOnce(ctx context.Context, loads []diskLoad, words func(diskLoad) []string) (figures, error) {
+	var all strings.Builder
+	for _, l := range loads {
+		for _, w := range words(l) {
+			fmt.Fprintf(&all, "blk %s; ", w)
+		}
 	}
-	var words strings.Builder
-	for _, l := range diskLoads {
-		// The first moments, in which a side's threads and caches warm up, do not count.
-		fmt.Fprintf(&words, "blk %s ms=50; blk %s ms=%d; ", l.words, l.words, b.pick(800, 200))
-	}
-	g, err := v.start(ctx, words.String())
+	g, err := v.start(ctx, all.String())
 	if err != nil {
 		return nil, err
 	}
@@ -107,9 +170,10 @@ func (b *bench) blockOnce(ctx context.Context, v vmm, img image) (figures, error
 	if err != nil {
 		return nil, err
 	}
-	f := figures{}
-	for i, l := range diskLoads {
-		line, err := results.Find("blk", 2*i+1)
+	f, at := figures{}, -1
+	for _, l := range loads {
+		at += len(words(l))
+		line, err := results.Find("blk", at)
 		if err != nil {
 			return nil, err
 		}
