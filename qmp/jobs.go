@@ -138,7 +138,7 @@ func (js *Jobs) close() {
 	js.wg.Wait()
 }
 
-// ErrCanceled is the error of a job that was cancelled.
+// ErrCanceled is the error of a job that was cancelled. Its function can return an error that wraps it, to say more.
 var ErrCanceled error = canceledError{}
 
 type canceledError struct{}
@@ -371,7 +371,7 @@ func (j *Job) Err() error {
 func (j *Job) ended(err error) {
 	j.owner.mu.Lock()
 	defer j.owner.mu.Unlock()
-	if canceled := j.canceledLocked(); canceled != nil {
+	if canceled := j.canceledLocked(); canceled != nil && !errors.Is(err, ErrCanceled) {
 		err = canceled
 	}
 	if err != nil {
@@ -406,7 +406,7 @@ func (j *Job) concludeLocked(err error) {
 	last := j.opts.Commit
 	if err != nil {
 		last = j.opts.Abort
-		if errors.Is(err, context.Canceled) || errors.Is(err, syscall.ECANCELED) {
+		if !errors.Is(err, ErrCanceled) && (errors.Is(err, context.Canceled) || errors.Is(err, syscall.ECANCELED)) {
 			err = ErrCanceled
 		}
 		j.err = err

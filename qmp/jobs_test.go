@@ -190,6 +190,7 @@ func TestJobsLikeQEMU(t *testing.T) {
 
 func TestJobFunctions(t *testing.T) {
 	boom := errors.New("boom")
+	more := fmt.Errorf("%w: but for this", qmp.ErrCanceled)
 	for name, test := range map[string]struct {
 		opts   qmp.JobOptions
 		run    error
@@ -198,11 +199,12 @@ func TestJobFunctions(t *testing.T) {
 		want   string
 		err    error
 	}{
-		"good":              {want: "run prepare commit"},
-		"failing":           {run: boom, want: "run abort", err: boom},
-		"failing late":      {prep: boom, want: "run prepare abort", err: boom},
-		"manual":            {opts: qmp.JobOptions{ManualFinalize: true}, cancel: (*qmp.Job).Finalize, want: "run prepare commit"},
-		"cancelled at last": {opts: qmp.JobOptions{ManualFinalize: true}, cancel: func(j *qmp.Job) error { return j.Cancel(false) }, want: "run abort", err: qmp.ErrCanceled},
+		"good":                {want: "run prepare commit"},
+		"failing":             {run: boom, want: "run abort", err: boom},
+		"cancelled by itself": {run: more, want: "run abort", err: more},
+		"failing late":        {prep: boom, want: "run prepare abort", err: boom},
+		"manual":              {opts: qmp.JobOptions{ManualFinalize: true}, cancel: (*qmp.Job).Finalize, want: "run prepare commit"},
+		"cancelled at last":   {opts: qmp.JobOptions{ManualFinalize: true}, cancel: func(j *qmp.Job) error { return j.Cancel(false) }, want: "run abort", err: qmp.ErrCanceled},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)

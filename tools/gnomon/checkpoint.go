@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -94,7 +95,8 @@ machine. gnomon restore starts a machine from the file.`,
 			return fmt.Errorf("checkpoint %s: %w", args[0], err)
 		}
 		var raw json.RawMessage
-		if err := c.Execute(ctx, "__org.gnomon_query-checkpoint", map[string]any{"file": arguments["file"]}, &raw); err != nil {
+		// The checkpoint is there, even if this was interrupted just now.
+		if err := c.Execute(context.WithoutCancel(ctx), "__org.gnomon_query-checkpoint", map[string]any{"file": arguments["file"]}, &raw); err != nil {
 			return err
 		}
 		if *output == "json" {

@@ -149,7 +149,7 @@ func (c *checkpoints) save(ctx context.Context, file string, o snapshot.SaveOpti
 	r, err := c.saver.Save(ctx, file, o)
 	var switched *snapshot.SwitchedError
 	if errors.As(err, &switched) && errors.Is(err, context.Canceled) {
-		return fmt.Errorf("%v%s", qmp.ErrCanceled, switched.GoesOn()) // not %w: the job's error is this one, not only ErrCanceled
+		return fmt.Errorf("%w%s", qmp.ErrCanceled, switched.GoesOn())
 	}
 	if err != nil {
 		return err
@@ -157,6 +157,9 @@ func (c *checkpoints) save(ctx context.Context, file string, o snapshot.SaveOpti
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.last = append(c.last[max(0, len(c.last)+1-keptReports):], r)
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w: but %s was complete by then", qmp.ErrCanceled, file)
+	}
 	return nil
 }
 

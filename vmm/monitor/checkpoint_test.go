@@ -2,8 +2,10 @@ package monitor_test
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -70,6 +72,35 @@ func TestCheckpointOfWhoIsGone(t *testing.T) {
 		t.Errorf("jobs are %+v", jobs)
 	}
 	o.do(t, "job-dismiss", map[string]any{"id": "mine"}, nil)
+	o.do(t, "quit", nil, nil)
+}
+
+// A save that is cancelled after the pause tells in which image the machine goes on.
+func TestCancelledCheckpoint(t *testing.T) {
+	o := start(t, "fill size=40M; spin", func(c *vmm.Config) { c.Disks = []vmm.Disk{{Node: openImage(t, 1<<20)}} })
+	o.serial.waitFor(t, "probe: fill")
+	dir := t.TempDir()
+	for i := 0; ; i++ {
+		id, file := fmt.Sprint("save", i), filepath.Join(dir, fmt.Sprint(i))
+		before := o.m.Disks()[0].Node.Info().Filename
+		o.do(t, "__org.gnomon_checkpoint", map[string]any{"job-id": id, "file": file}, nil)
+		for o.m.Disks()[0].Node.Info().Filename == before {
+			runtime.Gosched()
+		}
+		_ = o.Execute(t.Context(), "job-cancel", map[string]any{"id": id}, nil) // it may be too late
+		text := o.ended(t, id, "concluded")
+		current := o.m.Disks()[0].Node.Info().Filename
+		if _, err := os.Stat(file); err == nil {
+			if text != "" && text != "Operation canceled: but "+file+" was complete by then" {
+				t.Errorf("a save that is complete: %q", text)
+			}
+			continue
+		}
+		if want := "Operation canceled: the machine goes on in new overlays: disk disk0 in " + current; text != want {
+			t.Errorf("%q, want %q", text, want)
+		}
+		break
+	}
 	o.do(t, "quit", nil, nil)
 }
 
