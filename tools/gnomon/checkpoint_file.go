@@ -192,7 +192,7 @@ and zero pages are holes. With --section write that section instead, to standard
 
 OUT must not exist, and is there only when it is complete.`,
 		Example: `  gnomon checkpoint extract vm1.ckpt --to vm1.ram
-  gnomon checkpoint extract vm1.ckpt --section cpu0`,
+  gnomon checkpoint extract vm1.ckpt --section state:cpu0`,
 		Args: usageArgs(cobra.ExactArgs(1)),
 	}
 	to := cmd.Flags().String("to", "", "`file` to write")

@@ -38,8 +38,9 @@ func newRestoreCommand() *cobra.Command {
 with what it is likely to want next, and the rest in the background.
 
 The machine has the devices of the one that was saved, by the same flags; those given here win over them. The clock
-stands where it stood, or with --clock host goes on by the time that has passed. The file must stay as it is until all
-of it has been read. A guest that resets itself ends, unless --kernel tells what it then starts.
+stands where it stood, or with --clock host goes on by the time that has passed. It runs at once, also if it was paused
+when it was saved, unless --paused is given. The file must stay as it is until all of it has been read. A guest that
+resets itself ends, unless --kernel tells what it then starts.
 
 Disks that can be written stay as the checkpoint needs them: the machine writes to new overlays beside the checkpoint,
 FILE.NAME.DISK.qcow2, which stay unless --snapshot removes them. With --disk the disks are those you name. What the
