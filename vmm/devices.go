@@ -218,6 +218,9 @@ func (m *Machine) closeDevices() {
 // closeHost closes what Config gave the machine.
 func (m *Machine) closeHost() error {
 	var errs []error
+	for _, f := range m.atClose {
+		errs = append(errs, f())
+	}
 	if m.cfg.Kernel != nil {
 		errs = append(errs, m.cfg.Kernel.Close())
 	}

@@ -50,14 +50,15 @@ type Machine struct {
 
 	// ctl makes pause, resume, reset and close one at a time.
 	ctl         sync.Mutex
-	started     bool          // guarded by ctl
-	startPaused bool          // guarded by ctl: Run leaves the start to Resume
-	suspended   int           // guarded by ctl: Suspends that have not ended
-	goOn        bool          // guarded by ctl: the machine runs when they have
-	closed      bool          // guarded by ctl
-	kvmClock    kvm.ClockData // guarded by ctl: the guest's clock while stopped
-	stopped     time.Time     // guarded by ctl: when that was
-	clockBehind bool          // guarded by ctl: kvmClock and clock jump by the time since then
+	started     bool           // guarded by ctl
+	startPaused bool           // guarded by ctl: Run leaves the start to Resume
+	suspended   int            // guarded by ctl: Suspends that have not ended
+	goOn        bool           // guarded by ctl: the machine runs when they have
+	closed      bool           // guarded by ctl
+	atClose     []func() error // guarded by ctl
+	kvmClock    kvm.ClockData  // guarded by ctl: the guest's clock while stopped
+	stopped     time.Time      // guarded by ctl: when that was
+	clockBehind bool           // guarded by ctl: kvmClock and clock jump by the time since then
 
 	stateMu sync.Mutex
 	status  Status // guarded by stateMu
@@ -278,6 +279,14 @@ func (m *Machine) load() error {
 var firmwareMSRs = [...]kvm.MSREntry{
 	{Index: 0x1A0, Data: 1},         // IA32_MISC_ENABLE: fast strings
 	{Index: 0x2FF, Data: 1<<11 | 6}, // IA32_MTRR_DEF_TYPE: enabled, write-back
+}
+
+// AtClose has Close call f when nothing of the guest moves any more and its disks
+// are still open.
+func (m *Machine) AtClose(f func() error) {
+	m.ctl.Lock()
+	defer m.ctl.Unlock()
+	m.atClose = append(m.atClose, f)
 }
 
 // Close releases everything, what Config gave included; a machine that still

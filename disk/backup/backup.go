@@ -27,6 +27,8 @@ type Options struct {
 	// Top: only what the disk's own image holds. The target reads the rest from the
 	// same backing file. The disk must be a block.Mapper.
 	Top bool
+	// Overwrite: the target does not read as zero, so that zeroes are copied too.
+	Overwrite bool
 	// Only, where not nil, is what is copied at most: what changed since an earlier
 	// copy, which the target holds.
 	Only *bitmap.Bitmap
@@ -171,7 +173,7 @@ func (f *Filter) needless(off, end int64) bool {
 		if err != nil || e.Length <= 0 {
 			return false
 		}
-		if f.o.Top && e.Present && e.Depth == 0 || !f.o.Top && !e.Zero {
+		if f.o.Top && e.Present && e.Depth == 0 || !f.o.Top && (!e.Zero || f.o.Overwrite) {
 			return false
 		}
 		off += e.Length
@@ -188,11 +190,18 @@ func (f *Filter) copyRun(first, n int64) error {
 	if err := f.Node.Readv([][]byte{data}, off); err != nil {
 		return err
 	}
-	if f.o.Top || f.o.Only != nil || !block.IsZero(data) {
-		if err := f.target.Writev([][]byte{data}, off); err != nil {
-			return err
+	zero := block.IsZero(data)
+	var err error
+	switch {
+	case f.o.Overwrite && zero:
+		err = f.target.WriteZeroes(off, int64(len(data)), true)
+	case f.o.Top || f.o.Only != nil || !zero:
+		if err = f.target.Writev([][]byte{data}, off); err == nil {
+			f.bytes.Add(int64(len(data)))
 		}
-		f.bytes.Add(int64(len(data)))
+	}
+	if err != nil {
+		return err
 	}
 	for c := first; c < first+n; c++ {
 		f.mark(c)

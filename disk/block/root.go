@@ -159,8 +159,19 @@ func (r *Root) Size() int64 { return r.Current().Size() }
 // ReadOnly implements Node.
 func (r *Root) ReadOnly() bool { return r.Current().ReadOnly() }
 
-// Info implements Node.
-func (r *Root) Info() Info { return r.Current().Info() }
+// Info implements Node. Nobody changes the nodes meanwhile.
+func (r *Root) Info() (info Info) {
+	r.View(func(current Node) { info = current.Info() })
+	return info
+}
+
+// View calls f while nobody changes the nodes; requests go on. f makes no use of
+// the root itself.
+func (r *Root) View(f func(current Node)) {
+	r.requests.RLock()
+	defer r.requests.RUnlock()
+	f(r.Current())
+}
 
 // Close implements Node.
 func (r *Root) Close() error { return r.Current().Close() }

@@ -154,7 +154,8 @@ func (mon *monitor) addBitmap(_ context.Context, _ *qmp.Session, a bitmapAddArgu
 }
 
 // takeLocked has a backup work with what is in a bitmap; what changes from now on is
-// kept apart until it is given back. The disk has no requests meanwhile.
+// kept apart until it is given back, by giveBack with the lock held. The disk has no
+// requests during either.
 func (b *dirtyBitmaps) takeLocked(d vmm.AttachedDisk, name string) (only *bitmap.Bitmap, giveBack func(copied bool), err error) {
 	i, err := b.findLocked(d, name)
 	if err != nil {
@@ -167,17 +168,15 @@ func (b *dirtyBitmaps) takeLocked(d vmm.AttachedDisk, name string) (only *bitmap
 	x.next.SetEnabled(x.Enabled())
 	b.recordLocked(d)
 	return x.Bitmap, func(copied bool) {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		d.Root.Drained(func(current block.Node) block.Node {
-			if copied {
-				x.ClearAll()
-			}
-			err = x.Merge(x.next) // of one size
-			x.next = nil
-			b.recordLocked(d)
-			return current
-		})
+		if x.next == nil {
+			return
+		}
+		if copied {
+			x.ClearAll()
+		}
+		_ = x.Merge(x.next) // of one size
+		x.next = nil
+		b.recordLocked(d)
 	}, nil
 }
 

@@ -2,7 +2,9 @@ package monitor
 
 import (
 	"context"
-	"fmt"
+	"maps"
+	"os"
+	"slices"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/qmp"
@@ -139,15 +141,6 @@ type (
 func (deviceIOStatus) Values() []string { return []string{"ok", "failed", "nospace"} }
 func (detectZeroes) Values() []string   { return []string{"off", "on", "unmap"} }
 
-// nodeName names a disk's node, or the depth-th of its backing files. Names
-// that begin with # are made up, in QEMU too.
-func nodeName(disk string, depth int) string {
-	if depth == 0 {
-		return "#" + disk
-	}
-	return fmt.Sprintf("#%s-backing%d", disk, depth)
-}
-
 // devicePath names a device where QEMU has a path in its object tree.
 func devicePath(id string) string { return "/machine/peripheral/" + id }
 
@@ -155,7 +148,7 @@ func (mon *monitor) registerBlock(reg *qmp.Registry) {
 	query(reg, "query-block", func() (all []blockInfo) {
 		for _, d := range mon.m.Disks() {
 			path, ok := devicePath(d.ID), deviceIOStatus("ok")
-			node := nodeInfo(d, d.Node.Info(), 0, true)
+			node := mon.nodeInfo(d, d.Node.Info(), mon.chainNames(d), 0, true)
 			node.DirtyBitmaps = mon.bitmaps.info(d.ID)
 			all = append(all, blockInfo{Device: d.ID, Qdev: &path, Type: "unknown", Inserted: &node, IOStatus: &ok})
 		}
@@ -170,24 +163,54 @@ func (mon *monitor) registerBlock(reg *qmp.Registry) {
 func (mon *monitor) queryNodes(_ context.Context, _ *qmp.Session, a namedNodesArguments) (all []blockNode, _ error) {
 	flat := a.Flat != nil && *a.Flat
 	for _, d := range mon.m.Disks() {
-		info := d.Node.Info()
+		info, names := d.Node.Info(), mon.chainNames(d)
 		for depth, i := 0, &info; i != nil; depth, i = depth+1, i.Backing {
-			node := nodeInfo(d, *i, depth, !flat)
+			node := mon.nodeInfo(d, *i, names, depth, !flat)
 			if depth == 0 {
 				node.DirtyBitmaps = mon.bitmaps.info(d.ID)
 			}
 			all = append(all, node)
 		}
 	}
-	return all, nil
+	return append(all, mon.addedNodes(!flat)...), nil
 }
 
-func nodeInfo(d vmm.AttachedDisk, i block.Info, depth int, deep bool) blockNode {
-	name := nodeName(d.ID, depth)
+// addedNodes are those with names that no disk has.
+func (mon *monitor) addedNodes(deep bool) (all []blockNode) {
+	mon.refresh()
+	g := &mon.graph
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, name := range slices.Sorted(maps.Keys(g.byName)) {
+		e := g.byName[name]
+		switch {
+		case e.disk != "" || e.gone:
+			continue
+		case e.node == nil: // open as the file of a format
+			i := block.Info{Format: string(e.driver), Filename: e.path()}
+			if st, err := os.Stat(i.Filename); err == nil {
+				i.VirtualSize = st.Size()
+			}
+			all = append(all, describe(name, i, e.readOnly, true, deep))
+		default:
+			i := e.node.Info()
+			i.Format = string(e.driver)
+			all = append(all, describe(name, i, e.readOnly, true, deep))
+		}
+	}
+	return all
+}
+
+// nodeInfo tells of the depth-th image of a disk. names are those that are known.
+func (mon *monitor) nodeInfo(d vmm.AttachedDisk, i block.Info, names []string, depth int, deep bool) blockNode {
+	return describe(nameAt(d, names, depth), i, depth > 0 || d.Node.ReadOnly(), d.Device.State().Writeback, deep)
+}
+
+func describe(name string, i block.Info, readOnly, writeback, deep bool) blockNode {
 	n := blockNode{
-		File: i.Filename, NodeName: &name, ReadOnly: depth > 0 || d.Node.ReadOnly(), Driver: i.Format,
+		File: i.Filename, NodeName: &name, ReadOnly: readOnly, Driver: i.Format,
 		DetectZeroes: "off", Image: image(i, deep),
-		Cache: cacheInfo{Writeback: d.Device.State().Writeback},
+		Cache: cacheInfo{Writeback: writeback},
 	}
 	for b := i.Backing; b != nil; b = b.Backing {
 		n.BackingFileDepth++
@@ -217,7 +240,7 @@ func image(i block.Info, deep bool) imageInfo {
 // nodes did: a disk's own node did the same.
 func (mon *monitor) queryBlockStats(_ context.Context, _ *qmp.Session, a blockStatsArguments) (all []blockStats, _ error) {
 	for _, d := range mon.m.Disks() {
-		node, path := nodeName(d.ID, 0), devicePath(d.ID)
+		node, path := mon.topName(d), devicePath(d.ID)
 		s := blockStats{NodeName: &node, Stats: deviceStats(d.Device.Stats())}
 		if a.QueryNodes == nil || !*a.QueryNodes {
 			s.Device, s.Qdev = &d.ID, &path

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/qmp"
 	"github.com/gnomon-vmm/gnomon/vmm"
 )
@@ -19,10 +20,11 @@ const (
 	jobBackup blockJobKind = "backup"
 	jobCommit blockJobKind = "commit"
 	jobMirror blockJobKind = "mirror"
+	jobStream blockJobKind = "stream"
 )
 
 func (blockJobKind) Values() []string {
-	return []string{string(jobBackup), string(jobCommit), string(jobMirror)}
+	return []string{string(jobBackup), string(jobCommit), string(jobMirror), string(jobStream)}
 }
 
 // blockWork is a job that works on a disk. A disk has one at a time.
@@ -32,7 +34,21 @@ type blockWork struct {
 	disk vmm.AttachedDisk
 	job  *qmp.Job
 
-	autoFinalize, autoDismiss bool
+	session *qmp.Session
+
+	id                              string
+	soft, autoFinalize, autoDismiss bool
+	ctx                             context.Context // while it works
+
+	// What the job does, and what it works with: see change. uninstall takes away
+	// what install put in place; both get and return the disk's node, and are called
+	// with bitmaps.mu held.
+	prepare   func() error
+	install   func(current block.Node) (block.Node, error)
+	uninstall func(current block.Node) block.Node
+	work      func(context.Context) error
+	abandon   func()
+	nodes     []*graphNode // which it uses
 
 	mu    sync.Mutex
 	speed int64     // bytes a second, 0: no limit; guarded by mu
@@ -45,6 +61,8 @@ type blockWork struct {
 type blockJobs struct {
 	mu     sync.Mutex
 	byDisk map[string]*blockWork // guarded by mu
+
+	starting map[string]bool // ids of jobs that a transaction is about to start; guarded by mu
 }
 
 type (
@@ -168,78 +186,139 @@ type blockJobOptions struct {
 
 func orTrue(b *bool) bool { return b == nil || *b }
 
-// startBlockJob starts a job on a disk. begin puts what the job works with in
-// place, before the command is answered, and returns the work and what takes it
-// away when the work has failed or was cancelled; with error nil the work has
-// taken it away itself.
-func (mon *monitor) startBlockJob(s *qmp.Session, kind blockJobKind, d vmm.AttachedDisk, o blockJobOptions, soft bool,
-	begin func(*blockWork) (work func(context.Context) error, undo func(), err error),
-) error {
-	w := &blockWork{mon: mon, kind: kind, disk: d, autoFinalize: orTrue(o.autoFinalize), autoDismiss: orTrue(o.autoDismiss), woken: make(chan struct{}, 1)}
-	id := d.ID // QEMU's older commands need none
+// newBlockWork is a job that its change will start.
+func (mon *monitor) newBlockWork(s *qmp.Session, kind blockJobKind, d vmm.AttachedDisk, o blockJobOptions, soft bool) (*blockWork, error) {
+	w := &blockWork{
+		mon: mon, kind: kind, disk: d, session: s, soft: soft, autoFinalize: orTrue(o.autoFinalize), autoDismiss: orTrue(o.autoDismiss),
+		id: d.ID, woken: make(chan struct{}, 1), // QEMU's older commands need no id
+	}
 	if o.id != nil {
-		id = *o.id
+		w.id = *o.id
 	}
 	if o.speed != nil {
 		if err := w.setSpeed(*o.speed); err != nil {
+			return nil, err
+		}
+	}
+	if !wellFormed(w.id) {
+		return nil, qmp.Errorf("Invalid job ID '%s'", w.id)
+	}
+	return w, nil
+}
+
+// change is what starts the job.
+func (w *blockWork) change() *change {
+	return &change{
+		disk: w.disk, claim: "block job: " + string(w.kind),
+		prepare: w.begin, abandon: w.end, apply: w.install,
+		revert: func(current block.Node) block.Node { return w.uninstall(current) },
+		done:   w.start,
+	}
+}
+
+// begin checks what could keep the job from starting.
+func (w *blockWork) begin() error {
+	jobs := w.session.Server().Jobs()
+	if _, err := jobs.Find(w.id); err == nil || w.mon.blockJobs.starting[w.id] {
+		return qmp.Errorf("Job ID '%s' already in use", w.id)
+	}
+	if w.mon.blockJobs.byDisk[w.disk.ID] != nil {
+		return w.mon.notBusyLocked(w.disk)
+	}
+	if w.prepare != nil {
+		if err := w.prepare(); err != nil {
 			return err
 		}
 	}
-	mon.blockJobs.mu.Lock()
-	defer mon.blockJobs.mu.Unlock()
-	if other := mon.blockJobs.byDisk[d.ID]; other != nil {
-		return qmp.Errorf("Node '%s' is busy: block device is in use by block job: %s", nodeName(d.ID, 0), other.kind)
+	w.mon.blockJobs.starting[w.id] = true
+	w.mon.blockJobs.byDisk[w.disk.ID] = w
+	return nil
+}
+
+// end takes back what begin did.
+func (w *blockWork) end() {
+	delete(w.mon.blockJobs.starting, w.id)
+	delete(w.mon.blockJobs.byDisk, w.disk.ID)
+	w.letGo()
+}
+
+// letGo gives up what the job worked with.
+func (w *blockWork) letGo() {
+	if w.abandon != nil {
+		w.abandon()
 	}
-	if _, err := s.Server().Jobs().Find(id); err == nil {
-		return qmp.Errorf("Job ID '%s' already in use", id)
+	w.dropNodes()
+}
+
+func (w *blockWork) dropNodes() {
+	for _, e := range w.nodes {
+		w.mon.drop(e, w.user())
 	}
-	if err := claim(d, "block job: "+string(kind)); err != nil {
-		return err
-	}
-	work, undo, err := begin(w)
-	if err != nil {
-		d.Root.Release()
-		return err
-	}
-	free := func() {
-		mon.blockJobs.mu.Lock()
-		defer mon.blockJobs.mu.Unlock()
-		delete(mon.blockJobs.byDisk, d.ID)
-		d.Root.Release()
-	}
+}
+
+// user is how the nodes that the job uses name it.
+func (w *blockWork) user() string { return "block job: " + string(w.kind) + " " + w.id }
+
+// start starts the job. What it works with is in place.
+func (w *blockWork) start() (err error) {
 	started := make(chan struct{})
 	done := false
-	w.job, err = s.Server().Jobs().Start(id, string(kind), qmp.JobOptions{
-		ManualFinalize: !w.autoFinalize, ManualDismiss: !w.autoDismiss, SoftCancel: soft,
-		Commit: func() { free(); w.tellEnd(nil) },
+	w.job, err = w.session.Server().Jobs().Start(w.id, string(w.kind), qmp.JobOptions{
+		ManualFinalize: !w.autoFinalize, ManualDismiss: !w.autoDismiss, SoftCancel: w.soft,
+		Commit: func() { w.free(); w.tellEnd(nil) },
 		Abort: func() {
 			<-started
 			if !done {
-				undo()
+				w.undo()
 			}
-			free()
+			w.free()
 			w.tellEnd(w.job.Err())
 		},
 	}, func(ctx context.Context, _ *qmp.Job) error {
 		<-started
-		err := work(ctx)
+		w.ctx = ctx
+		err := w.work(ctx)
 		done = err == nil
 		return err
 	})
+	delete(w.mon.blockJobs.starting, w.id)
 	if err != nil {
-		undo()
-		d.Root.Release()
+		w.undoLocked()
+		delete(w.mon.blockJobs.byDisk, w.disk.ID)
 		return err
 	}
-	mon.blockJobs.byDisk[d.ID] = w
 	close(started)
 	return nil
 }
 
+// undo takes away what the work, which has failed, worked with.
+func (w *blockWork) undo() {
+	w.mon.bitmaps.mu.Lock()
+	defer w.mon.bitmaps.mu.Unlock()
+	w.undoLocked()
+}
+
+// undoLocked is undo with bitmaps.mu held.
+func (w *blockWork) undoLocked() {
+	if w.uninstall != nil {
+		w.disk.Root.Drained(func(current block.Node) block.Node { return w.uninstall(current) })
+	}
+	w.letGo()
+}
+
+// free lets others change the disk.
+func (w *blockWork) free() {
+	w.dropNodes()
+	w.mon.blockJobs.mu.Lock()
+	defer w.mon.blockJobs.mu.Unlock()
+	delete(w.mon.blockJobs.byDisk, w.disk.ID)
+	w.disk.Root.Release()
+}
+
 // claim claims a disk, with QEMU's error.
-func claim(d vmm.AttachedDisk, by string) error {
+func (mon *monitor) claim(d vmm.AttachedDisk, by string) error {
 	if err := d.Root.Claim(by); err != nil {
-		return qmp.Errorf("Node '%s' is busy: %v", nodeName(d.ID, 0), err)
+		return qmp.Errorf("Node '%s' is busy: %v", mon.topName(d), err)
 	}
 	return nil
 }
@@ -291,7 +370,7 @@ func (w *blockWork) setSpeed(speed int64) error {
 
 // pace is called between two steps of the work: it waits while the job is paused,
 // or is faster than it may be.
-func (w *blockWork) pace(ctx context.Context) error {
+func (w *blockWork) pace() error {
 	for {
 		if err := w.job.PausePoint(); err != nil {
 			return err
@@ -307,7 +386,7 @@ func (w *blockWork) pace(ctx context.Context) error {
 			return nil
 		}
 		select {
-		case <-ctx.Done():
+		case <-w.ctx.Done():
 			return qmp.ErrCanceled
 		case <-w.woken:
 		case <-time.After(min(wait, 100*time.Millisecond)):

@@ -106,7 +106,7 @@ func (mon *monitor) tell(e vmm.Event) {
 	case vmm.BalloonChanged:
 		mon.emit("BALLOON_CHANGE", balloonData{e.Actual})
 	case vmm.BlockIOError:
-		mon.emit("BLOCK_IO_ERROR", ioError(e))
+		mon.emit("BLOCK_IO_ERROR", mon.ioError(e))
 	case vmm.Failed:
 		mon.emit(failedEvent, failedData{e.Err.Error()})
 	case vmm.DeviceBroken:
@@ -114,8 +114,13 @@ func (mon *monitor) tell(e vmm.Event) {
 	}
 }
 
-func ioError(e vmm.BlockIOError) ioErrorData {
-	node, full := nodeName(e.Device, 0), errors.Is(e.Err, syscall.ENOSPC)
+func (mon *monitor) ioError(e vmm.BlockIOError) ioErrorData {
+	node, full := madeUpName(e.Device, 0), errors.Is(e.Err, syscall.ENOSPC)
+	for _, d := range mon.m.Disks() {
+		if d.ID == e.Device {
+			node = mon.topName(d)
+		}
+	}
 	d := ioErrorData{
 		Device: e.Device, NodeName: &node, Operation: "write", Action: "report", NoSpace: &full, Reason: e.Err.Error(),
 	}

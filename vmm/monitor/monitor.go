@@ -37,6 +37,7 @@ type monitor struct {
 	checkpoints checkpoints
 	blockJobs   blockJobs
 	bitmaps     dirtyBitmaps
+	graph       graph
 
 	mu   sync.Mutex
 	dump dumpState // guarded by mu
@@ -55,7 +56,10 @@ func WithPager(p *pager.Pager) Option { return func(m *monitor) { m.checkpoints.
 // tcp:HOST:PORT) until the server is closed, which must come before the
 // machine's Close.
 func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server, error) {
-	mon := &monitor{m: m, dump: dumpState{Status: dumpNone}, blockJobs: blockJobs{byDisk: map[string]*blockWork{}}, bitmaps: dirtyBitmaps{byDisk: map[string][]*dirtyBitmap{}}}
+	mon := &monitor{
+		m: m, dump: dumpState{Status: dumpNone}, blockJobs: blockJobs{byDisk: map[string]*blockWork{}, starting: map[string]bool{}}, bitmaps: dirtyBitmaps{byDisk: map[string][]*dirtyBitmap{}},
+		graph: graph{byName: map[string]*graphNode{}},
+	}
 	for _, o := range options {
 		o(mon)
 	}
@@ -68,6 +72,10 @@ func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server,
 	mon.registerBlockJobs(reg)
 	mon.registerBlockOperations(reg)
 	mon.registerBitmaps(reg)
+	mon.registerBlockdev(reg)
+	mon.registerOverlays(reg)
+	mon.registerCopies(reg)
+	mon.registerCreate(reg)
 	mon.registerDevices(reg)
 	mon.registerStats(reg)
 	mon.registerMemory(reg)
@@ -76,6 +84,7 @@ func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server,
 	registerEvents(reg)
 	mon.server = qmp.NewServer(reg, version)
 	m.Observe(mon.tell)
+	m.AtClose(mon.closeNodes)
 	for _, a := range addresses {
 		if err := mon.server.Listen(a); err != nil {
 			mon.server.Close()

@@ -123,13 +123,13 @@ func (mon *monitor) snapshotImages(tag, vmstate string, devices []string) ([]str
 		return nil, fmt.Errorf("tag '%s' cannot be part of a file's name", tag)
 	}
 	for _, name := range devices {
-		if !slices.ContainsFunc(mon.m.Disks(), func(d vmm.AttachedDisk) bool { return nodeName(d.ID, 0) == name }) {
+		if !slices.ContainsFunc(mon.m.Disks(), func(d vmm.AttachedDisk) bool { return mon.topName(d) == name }) {
 			return nil, qmp.Errorf("No block device node '%s'", name)
 		}
 	}
 	var images []string
 	for _, d := range mon.m.Disks() {
-		name := nodeName(d.ID, 0)
+		name := mon.topName(d)
 		if devices != nil && !d.Node.ReadOnly() && !slices.Contains(devices, name) {
 			return nil, qmp.Errorf("Device '%s' is writable and is not among the devices", name)
 		}
