@@ -194,9 +194,9 @@ func (m *Machine) sectionsOfParts(all []Section) (map[string]Section, error) {
 			return nil, fmt.Errorf("%w: the saved machine has no %s: describe the same devices, in the same order", ErrRestore, p.name)
 		}
 	}
-	for name := range sections {
-		if !slices.ContainsFunc(parts, func(p part) bool { return p.name == name }) {
-			return nil, fmt.Errorf("%w: the saved machine has %s, which this one has not: describe the same devices, or use the Gnomon that saved it", ErrRestore, name)
+	for _, s := range all { // in their order, so that the device itself is named
+		if !slices.ContainsFunc(parts, func(p part) bool { return p.name == s.Name }) {
+			return nil, fmt.Errorf("%w: the saved machine has %s, which this one has not: describe the same devices, or use the Gnomon that saved it", ErrRestore, s.Name)
 		}
 	}
 	return sections, nil
