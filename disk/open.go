@@ -31,11 +31,22 @@ type Options struct {
 	// not make the host open the backing file named there.
 	Format   string
 	ReadOnly bool
+	// Unsafe has flushes of this image do nothing, as QEMU's cache=unsafe does: for
+	// what can be made again if the host ends.
+	Unsafe bool
 }
 
 // Open opens the image at path. Errors wrap block.ErrInUse where another
 // machine has it.
 func Open(path string, o Options) (block.Node, error) {
+	n, err := open(path, o)
+	if err == nil && o.Unsafe {
+		n.(interface{ IgnoreFlushes() }).IgnoreFlushes()
+	}
+	return n, err
+}
+
+func open(path string, o Options) (block.Node, error) {
 	switch o.Format {
 	case FormatRaw:
 		return node(raw.Open(path, o.ReadOnly))

@@ -74,6 +74,11 @@ func TestDiskCommands(t *testing.T) {
 	uri := "nbd+unix:///?socket=" + at("nbd.sock")
 	qemuImg(ctx, t, "compare", uri, at("b.qcow2"))
 	command(ctx, t, "disk", "convert", uri, at("d.qcow2"))
+	command(ctx, t, "disk", "convert", at("d.qcow2"), at("compressed.qcow2"), "-c", "-t", "unsafe")
+	qemuImg(ctx, t, "compare", at("d.qcow2"), at("compressed.qcow2"))
+	if out := qemuImg(ctx, t, "check", at("compressed.qcow2")); !strings.Contains(out, "No errors were found") || strings.Contains(out, " 0.00% compressed") {
+		t.Errorf("a compressed copy: %s", out)
+	}
 	if out := command(ctx, t, "disk", "compare", at("b.qcow2"), uri); out != "Images are identical.\n" {
 		t.Errorf("compare: %q", out)
 	}
@@ -97,6 +102,8 @@ func TestDiskCommands(t *testing.T) {
 		{[]string{"create", at("new.img"), "-b", "a.img"}, 2, "-b without -F"},
 		{[]string{"convert", at("a.img"), at("b.qcow2")}, 1, "exists"},
 		{[]string{"convert", at("a.img"), at("new.img"), "-O", "vmdk"}, 2, "raw and qcow2"},
+		{[]string{"convert", at("a.img"), at("new.img"), "-c"}, 2, "use -O qcow2"},
+		{[]string{"convert", at("a.img"), at("new.img"), "-t", "fast"}, 2, "writeback and unsafe"},
 	} {
 		cmd := exec.CommandContext(ctx, gnomon, append([]string{"disk"}, tt.args...)...)
 		var stderr strings.Builder

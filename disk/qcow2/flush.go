@@ -33,6 +33,15 @@ func (n *Node) Flush() error {
 	return nil
 }
 
+// IgnoreFlushes has flushes write tables, but wait for nothing: the image is right
+// once it is closed, and may be damaged if the host ends before its cache is
+// written.
+func (n *Node) IgnoreFlushes() {
+	if n.w != nil {
+		n.w.file.IgnoreFlushes()
+	}
+}
+
 // flush is Flush with flushing held.
 func (n *Node) flush() error {
 	w := n.w

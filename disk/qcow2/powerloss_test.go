@@ -62,6 +62,7 @@ func (m *memory) ReadOnly() bool   { return m.readOnly }
 func (m *memory) Info() block.Info { return block.Info{Filename: "image", ActualSize: 1 << 40} }
 func (m *memory) Close() error     { return nil }
 func (m *memory) Freeze() error    { return nil }
+func (m *memory) IgnoreFlushes()   {}
 
 func (m *memory) Grow(size int64) {
 	m.mu.Lock()

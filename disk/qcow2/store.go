@@ -13,6 +13,8 @@ type store interface {
 	Grow(size int64)
 	// Resize makes it size bytes long.
 	Resize(size int64) error
+	// IgnoreFlushes has Flush do nothing.
+	IgnoreFlushes()
 	// Freeze lets go of what keeps others from reading it.
 	Freeze() error
 }

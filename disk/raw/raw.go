@@ -31,6 +31,7 @@ type Node struct {
 	size     atomic.Int64 // virtual: a multiple of sector
 	readOnly bool
 	frozen   bool  // it was written before it became readOnly
+	unsafe   bool  // nothing is flushed
 	granule  int64 // bytes that space is given back by: a device's logical block, 1 for files
 	closing  sync.Once
 }
@@ -175,11 +176,15 @@ func transfer(move func(fd int, bufs [][]byte, skip int, off int64) (int, error)
 
 // Flush implements block.Node.
 func (n *Node) Flush() error {
-	if n.readOnly && !n.frozen {
+	if n.readOnly && !n.frozen || n.unsafe {
 		return nil
 	}
 	return ignoringEINTR(func() error { return unix.Fdatasync(n.fd) })
 }
+
+// IgnoreFlushes has Flush do nothing from now on, as QEMU's cache=unsafe does:
+// whether what was written outlives the host is left to the host.
+func (n *Node) IgnoreFlushes() { n.unsafe = true }
 
 // Discard implements block.Node: the space goes back to the host's file system
 // where that can be done.
