@@ -29,7 +29,8 @@ type Root struct {
 	recorders atomic.Pointer[[]Recorder]
 }
 
-// Recorder hears of each part of a disk that is about to change. It must not wait.
+// Recorder hears of each part of a disk that is about to change. Each request waits
+// for it.
 type Recorder interface {
 	Record(off, n int64)
 }
