@@ -72,10 +72,15 @@ func (i image) empty() error {
 	return qemuImg("create", "-q", "-f", i.format, i.path, "4G")
 }
 
-func qemuImg(args ...string) error {
-	out, err := exec.Command("qemu-img", args...).CombinedOutput()
+func qemuImg(args ...string) error { return tool("qemu-img", args...) }
+
+// qemuIO does something to a qcow2 image.
+func qemuIO(path, command string) error { return tool("qemu-io", "-f", "qcow2", "-c", command, path) }
+
+func tool(name string, args ...string) error {
+	out, err := exec.Command(name, args...).CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("qemu-img %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(out))
+		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(out))
 	}
 	return nil
 }

@@ -98,7 +98,7 @@ func measureAll(ctx context.Context, o options) (int, error) {
 
 func (b *bench) experiments() []experiment {
 	return []experiment{
-		b.start(), b.memory(), b.block("raw"), b.block("qcow2"), b.allocating(), b.nbd("raw"), b.nbd("qcow2"), b.convert("writeback"), b.convert("unsafe"), b.qmp(),
+		b.start(), b.memory(), b.block("raw"), b.block("qcow2"), b.allocating(), b.nbd("raw"), b.nbd("qcow2"), b.convert("writeback"), b.convert("unsafe"), b.consolidate(), b.qmp(),
 		b.exits(), b.walk(), b.saving(), b.growth(), b.increment(), b.idle(),
 	}
 }

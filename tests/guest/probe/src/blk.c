@@ -142,9 +142,33 @@ static void blk_range(const struct work *w, const char *op)
 	end();
 }
 
+/* How many requests took how many cycles, in eighths of powers of two. */
+static u32 latencies[62 * 8];
+
+static void latency_begin(void) { __builtin_memset(latencies, 0, sizeof latencies); }
+
+static void latency_count(u64 cycles)
+{
+	cycles |= 8; /* what is faster does not matter */
+	int high = 63 - __builtin_clzll(cycles);
+	latencies[(high - 3) * 8 + (cycles >> (high - 3) & 7)]++;
+}
+
+/* latency_percentile is the least that so many of a hundred requests did not exceed, or an eighth more. */
+static u64 latency_percentile(u64 percent, u64 all)
+{
+	u64 seen = 0;
+	for (int i = 0; i < (int)(sizeof latencies / sizeof *latencies); i++) {
+		seen += latencies[i];
+		if (seen && seen * 100 >= all * percent)
+			return (u64)(8 + i % 8 + 1) << i / 8;
+	}
+	return 0;
+}
+
 /*
  * transfer keeps qd requests of bs bytes in flight until count of them are
- * done, or ms have passed. Writes carry the pattern of seed at their place on
+ * done, or ms have passed, rounds times. Writes carry the pattern of seed at their place on
  * the disk; reads are compared with it if verify=1.
  */
 static void transfer(const struct work *w, const char *op)
@@ -171,65 +195,75 @@ static void transfer(const struct work *w, const char *op)
 		pattern_fill((u64 *)buffers, qd * bs, seed, 0);
 
 	u64 blocks = span / bs, limit = ms_to_cycles(ms);
-	u64 submitted = 0, done = 0, failed = 0, bad = 0, longest = 0;
-	u64 start = rdtsc(), last = start;
-	struct wait wait;
-	wait_begin(&wait);
-	int ready = qd; /* ids 0..qd-1 are handed out first */
-	u32 len;
-	for (;;) {
-		bool kick = false;
+	u64 *begun = dma_alloc(qd * 8);
+	if (!begun)
+		return fail("blk", "dma");
+	for (u64 round = 0, rounds = number(w, "rounds", 1); round < rounds; round++) {
+		u64 submitted = 0, done = 0, failed = 0, bad = 0, longest = 0;
+		u64 kicks = round ? q.kicks : 0;
+		u64 start = rdtsc(), last = start;
+		struct wait wait;
+		wait_begin(&wait);
+		int ready = qd; /* ids 0..qd-1 are handed out first */
+		u32 len;
+		latency_begin();
 		for (;;) {
-			int id;
-			if (ready)
-				id = --ready;
-			else if ((id = queue_pop(&q, &len)) >= 0) {
-				if ((u64)id >= qd)
-					return fail("blk", "id");
-				u64 now = rdtsc();
-				if (now - last > longest)
-					longest = now - last;
-				last = now;
-				wait_begin(&wait);
-				done++;
-				failed += statuses[id] != 0;
-				if (verify && !write)
-					bad += pattern_check((u64 *)(buffers + id * bs), bs, seed, offsets[id]) != 0;
-			} else
+			bool kick = false;
+			for (;;) {
+				int id;
+				if (ready)
+					id = --ready;
+				else if ((id = queue_pop(&q, &len)) >= 0) {
+					if ((u64)id >= qd)
+						return fail("blk", "id");
+					u64 now = rdtsc();
+					if (now - last > longest)
+						longest = now - last;
+					last = now;
+					latency_count(now - begun[id]);
+					wait_begin(&wait);
+					done++;
+					failed += statuses[id] != 0;
+					if (verify && !write)
+						bad += pattern_check((u64 *)(buffers + id * bs), bs, seed, offsets[id]) != 0;
+				} else
+					break;
+				if (submitted == count || (ms && last - start > limit))
+					continue;
+				u64 block = (sequential ? submitted : random_next(&random)) % blocks;
+				offsets[id] = off + block * bs;
+				if (write && pattern)
+					pattern_fill((u64 *)(buffers + id * bs), bs, seed, offsets[id]);
+				begun[id] = rdtsc();
+				blk_submit(id, write ? BLK_OUT : BLK_IN, offsets[id], buffers + id * bs, bs, segments);
+				submitted++;
+				kick = true;
+			}
+			if (kick)
+				queue_kick(&q);
+			if (done == submitted)
 				break;
-			if (submitted == count || (ms && last - start > limit))
-				continue;
-			u64 block = (sequential ? submitted : random_next(&random)) % blocks;
-			offsets[id] = off + block * bs;
-			if (write && pattern)
-				pattern_fill((u64 *)(buffers + id * bs), bs, seed, offsets[id]);
-			blk_submit(id, write ? BLK_OUT : BLK_IN, offsets[id], buffers + id * bs, bs, segments);
-			submitted++;
-			kick = true;
+			relax();
+			if (wait_over(&wait, PATIENCE_MS))
+				return fail("blk", "timeout");
 		}
-		if (kick)
-			queue_kick(&q);
-		if (done == submitted)
-			break;
-		relax();
-		if (wait_over(&wait, PATIENCE_MS))
-			return fail("blk", "timeout");
+		u64 cycles = rdtsc() - start;
+		line("blk");
+		kvs("op", op);
+		kv("bs", bs);
+		kv("qd", qd);
+		kv("ios", done);
+		kv("bytes", done * bs);
+		kv("cycles", cycles);
+		kv("khz", tsc_khz());
+		kv("kicks", q.kicks - kicks);
+		kv("longest", longest);
+		kv("p99", latency_percentile(99, done));
+		kv("failed", failed);
+		if (verify && !write)
+			kv("bad", bad);
+		end();
 	}
-	u64 cycles = rdtsc() - start;
-	line("blk");
-	kvs("op", op);
-	kv("bs", bs);
-	kv("qd", qd);
-	kv("ios", done);
-	kv("bytes", done * bs);
-	kv("cycles", cycles);
-	kv("khz", tsc_khz());
-	kv("kicks", q.kicks);
-	kv("longest", longest);
-	kv("failed", failed);
-	if (verify && !write)
-		kv("bad", bad);
-	end();
 }
 
 /*
