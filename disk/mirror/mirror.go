@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
@@ -20,8 +21,11 @@ var ErrMirror = errors.New("move disk")
 
 const (
 	clusterSize = 64 << 10
-	batchBytes  = 1 << 20 // what the pass copies at once
-	stripes     = 256     // locks, each for every 256th cluster
+	batchBytes  = 256 << 10 // what the pass copies at once
+	stripes     = 4096      // locks, each for every 4096th cluster
+
+	// What the pass rests at most between two batches while the disk is in use.
+	maxRest = 5 * time.Millisecond
 )
 
 // Options say how to move.
@@ -61,6 +65,7 @@ type Filter struct {
 	locks [stripes]sync.Mutex
 
 	copied, mirrored, diverted atomic.Int64
+	requests                   atomic.Int64 // of the disk's user
 
 	mu  sync.Mutex
 	err error // the first of the target's; nothing more is sent there; guarded by mu
@@ -105,12 +110,17 @@ func (f *Filter) Run(ctx context.Context) error {
 		if err := f.Err(); err != nil {
 			return err
 		}
+		begin, requests := time.Now(), f.requests.Load()
 		end, err := f.step(at, buf)
 		if err != nil {
 			f.fail(err)
 			return f.Err()
 		}
 		at = end
+		if f.requests.Load() != requests {
+			// Half of the time is the user's.
+			time.Sleep(min(time.Since(begin), maxRest))
+		}
 		if f.o.Progress != nil {
 			f.o.Progress(at, f.Size())
 		}
@@ -288,6 +298,7 @@ func (f *Filter) each(off, n int64, do func(to block.Node, off, n int64) error) 
 	if off < 0 || n <= 0 || off > f.Size() || n > f.Size()-off {
 		return do(f.Node, off, n) // which refuses it, or has nothing to do
 	}
+	f.requests.Add(1)
 	f.lock(off, n)
 	defer f.unlock(off, n)
 	for end := off + n; off < end; {
@@ -318,6 +329,12 @@ func (f *Filter) send(how way, off, n int64, do func(to block.Node, off, n int64
 		f.fail(err)
 	}
 	return nil
+}
+
+// Readv implements block.Node.
+func (f *Filter) Readv(bufs [][]byte, off int64) error {
+	f.requests.Add(1)
+	return f.Node.Readv(bufs, off)
 }
 
 // Writev implements block.Node.

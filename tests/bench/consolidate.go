@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // consolidate measures what it takes to delete the snapshot of a running machine,
@@ -27,6 +29,7 @@ func (b *bench) consolidate() experiment {
 					return nil, err
 				}
 			}
+			unix.Sync() // nothing is left to write back when it begins
 			return b.consolidateOnce(ctx, v, size)
 		}
 	}
