@@ -9,6 +9,7 @@ import (
 	"net"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/disk/changes"
 	"github.com/gnomon-vmm/gnomon/vmm/boot"
 	"github.com/gnomon-vmm/gnomon/vmm/chardev"
 	"github.com/gnomon-vmm/gnomon/vmm/virtio"
@@ -82,6 +83,9 @@ type Disk struct {
 	Node   block.Node
 	Serial string // up to 20 bytes, seen by the guest; "": the ID
 	Queues int    // 0: one for each vCPU, at most 4
+	// Changes records what changes on the disk; nil: nobody does. It is closed after
+	// the disk.
+	Changes *changes.Recorder
 }
 
 // Net is a virtio network device.

@@ -103,6 +103,9 @@ func (m *Machine) connect() {
 func (m *Machine) buildVirtio() error {
 	for _, d := range m.cfg.Disks {
 		root := block.NewRoot(d.Node)
+		if d.Changes != nil {
+			root.RecordAlways(d.Changes)
+		}
 		d.Node = root
 		blk, err := virtio.NewBlk(virtio.BlkConfig{
 			Node: d.Node, Serial: d.Serial, Queues: d.Queues,
@@ -226,6 +229,9 @@ func (m *Machine) closeHost() error {
 	}
 	for _, d := range m.disks {
 		errs = append(errs, d.Node.Close())
+		if d.Changes != nil {
+			errs = append(errs, d.Changes.Close())
+		}
 	}
 	for _, n := range m.cfg.Nets {
 		errs = append(errs, n.Backend.Close())

@@ -27,6 +27,8 @@ type Root struct {
 	claim atomic.Pointer[string]
 	// recorders hear of what is written; nil: there are none.
 	recorders atomic.Pointer[[]Recorder]
+	// always hears of it too, and was there before the first request; or nil.
+	always Recorder
 }
 
 // Recorder hears of each part of a disk that is about to change. Each request waits
@@ -45,7 +47,14 @@ func (r *Root) SetRecorders(all []Recorder) {
 	r.recorders.Store(&all)
 }
 
+// RecordAlways has all requests recorded by x, whoever sets recorders. There have been
+// none yet.
+func (r *Root) RecordAlways(x Recorder) { r.always = x }
+
 func (r *Root) record(off, n int64) {
+	if r.always != nil {
+		r.always.Record(off, n)
+	}
 	if all := r.recorders.Load(); all != nil {
 		for _, x := range *all {
 			x.Record(off, n)
@@ -110,7 +119,7 @@ func (r *Root) Readv(bufs [][]byte, off int64) error {
 func (r *Root) Writev(bufs [][]byte, off int64) error {
 	r.requests.RLock()
 	defer r.requests.RUnlock()
-	if r.recorders.Load() != nil {
+	if r.always != nil || r.recorders.Load() != nil {
 		var n int64
 		for _, b := range bufs {
 			n += int64(len(b))

@@ -321,3 +321,14 @@ func (r *Recorder) settle() error {
 
 // epochsLeft tells that the epoch can still be raised.
 func (h *header) epochsLeft() bool { return h.epoch < math.MaxUint32 }
+
+// closer closes a disk, and then its recorder.
+type closer struct {
+	block.Node
+	recorder *Recorder
+}
+
+// CloseWith is a disk whose Close closes its recorder too.
+func CloseWith(disk block.Node, r *Recorder) block.Node { return closer{disk, r} }
+
+func (c closer) Close() error { return errors.Join(c.Node.Close(), c.recorder.Close()) }

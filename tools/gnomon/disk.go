@@ -29,7 +29,7 @@ also be an NBD server's, nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH.
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newDiskCreateCommand(), newDiskInfoCommand(), newDiskMapCommand(), newDiskConvertCommand(), newDiskCompareCommand(), newCommitCommand(),
-		newDiskSnapshotCommand(), newDiskConsolidateCommand(), newDiskOwnerCommand(), newDiskReleaseCommand(), newDiskServeCommand())
+		newDiskSnapshotCommand(), newDiskConsolidateCommand(), newDiskOwnerCommand(), newDiskReleaseCommand(), newDiskServeCommand(), newDiskChangesCommand())
 	return cmd
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/disk/changes"
 	"github.com/gnomon-vmm/gnomon/disk/owner"
 	"github.com/gnomon-vmm/gnomon/internal/unixsock"
 	"github.com/gnomon-vmm/gnomon/qmp"
@@ -42,6 +43,7 @@ type diskPlan struct {
 	path    string
 	options disk.Options
 	owned   bool     // opened as its owner
+	tracked bool     // its changes are recorded
 	attach  vmm.Disk // without its node
 }
 
@@ -94,7 +96,7 @@ func (p *plan) readMachine() (err error) {
 
 func (p *plan) readDisks() error {
 	for _, text := range p.flags.disks {
-		o, err := parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues", "owner")
+		o, err := parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues", "owner", "changes")
 		if err != nil {
 			return err
 		}
@@ -117,6 +119,13 @@ func (p *plan) readDisks() error {
 		if owned && readOnly {
 			return fmt.Errorf("--disk %s: only a disk that is written has an owner: leave out owner=on or readonly=on", text)
 		}
+		tracked, err := o.onOff("changes")
+		if err != nil {
+			return err
+		}
+		if tracked && readOnly {
+			return fmt.Errorf("--disk %s: a disk that is not written does not change: leave out changes=on or readonly=on", text)
+		}
 		queues, err := o.number("queues", 0, 1, vmm.MaxCPUs)
 		if err != nil {
 			return err
@@ -125,6 +134,7 @@ func (p *plan) readDisks() error {
 			path:    path,
 			options: disk.Options{Format: format, ReadOnly: readOnly},
 			owned:   owned,
+			tracked: tracked,
 			attach:  vmm.Disk{ID: o.values["id"], Serial: o.values["serial"], Queues: int(queues)},
 		})
 	}
@@ -278,15 +288,18 @@ func (p *plan) open(ctx context.Context, undo *opened, quit func()) (err error) 
 		if err := checkDiskFile(d.path); err != nil {
 			return err
 		}
-		node, err := p.openDisk(ctx, d)
+		node, recorder, err := p.openDisk(ctx, d)
 		if err != nil {
 			return err
+		}
+		if recorder != nil {
+			undo.add(recorder.Close)
 		}
 		undo.add(node.Close)
 		if node.Size() == 0 {
 			return fmt.Errorf("--disk file=%s: it has no size: name another file, or give it one (truncate -s 1G %s)", d.path, d.path)
 		}
-		d.attach.Node = node
+		d.attach.Node, d.attach.Changes = node, recorder
 		m.Disks = append(m.Disks, d.attach)
 	}
 	for _, n := range p.nets {
@@ -376,14 +389,32 @@ func adviseOnPath(err error) error {
 	return err
 }
 
-// openDisk opens a disk, as its owner if that is asked for. A machine whose disk
-// another wants stands still from then on.
-func (p *plan) openDisk(ctx context.Context, d diskPlan) (block.Node, error) {
-	open := func() (block.Node, error) { return disk.Open(d.path, d.options) }
-	if !d.owned {
-		return open()
+// openDisk opens a disk, as its owner if that is asked for, and with it what records
+// its changes, or nil. A machine whose disk another wants stands still from then on.
+func (p *plan) openDisk(ctx context.Context, d diskPlan) (block.Node, *changes.Recorder, error) {
+	var recorder *changes.Recorder
+	open := func() (block.Node, error) {
+		n, err := disk.Open(d.path, d.options)
+		if err != nil || !d.tracked {
+			return n, err
+		}
+		recorder, err = changes.Open(changes.Path(d.path), n, changes.Options{Report: func(err error) {
+			report("disk %s: its changes cannot be recorded any more, the next backup is of all of it: %v", d.path, err)
+		}})
+		if err != nil {
+			n.Close()
+			return nil, err
+		}
+		if d.owned { // the next owner finds both closed
+			return changes.CloseWith(n, recorder), nil
+		}
+		return n, nil
 	}
-	return owner.Open(ctx, d.path, open, owner.Options{
+	if !d.owned {
+		n, err := open()
+		return n, recorder, err
+	}
+	n, err := owner.Open(ctx, d.path, open, owner.Options{
 		Name: fmt.Sprintf("%s (process %d)", p.machine.Name, os.Getpid()),
 		OnRelease: func(context.Context) error {
 			m := p.running.Load()
@@ -394,4 +425,5 @@ func (p *plan) openDisk(ctx context.Context, d diskPlan) (block.Node, error) {
 			return m.Pause()
 		},
 	})
+	return n, recorder, err
 }

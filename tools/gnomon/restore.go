@@ -139,7 +139,7 @@ func (o *overlays) over(image *snapshot.Image, checkpoint string, f *runFlags, c
 		return fmt.Errorf("checkpoint %s keeps %d disks, and its machine has %d: it is damaged, or name the disks by --disk", checkpoint, len(disks), len(f.disks))
 	}
 	for i, saved := range disks {
-		text, err := parseOptions("disk", f.disks[i], "file", "format", "readonly", "id", "serial", "queues", "owner")
+		text, err := parseOptions("disk", f.disks[i], "file", "format", "readonly", "id", "serial", "queues", "owner", "changes")
 		if err != nil {
 			return err
 		}
