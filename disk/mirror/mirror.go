@@ -97,7 +97,7 @@ func (f *Filter) Source() block.Node { return f.Node }
 // Run makes the pass. When it returns without an error the target holds all that
 // the disk reads as, and every later write goes to it too, until Err is not nil.
 func (f *Filter) Run(ctx context.Context) error {
-	buf := make([]byte, batchBytes)
+	buf := make([]byte, min(batchBytes, f.Size()))
 	for at := int64(0); at < f.Size(); {
 		if f.o.Pause != nil {
 			if err := f.o.Pause(); err != nil {
@@ -189,10 +189,9 @@ func (f *Filter) extent(off, n int64) (extent, error) {
 	if e.Length <= 0 || e.Length > n {
 		return extent{}, fmt.Errorf("the source names an extent of %d bytes at %d", e.Length, off)
 	}
-	take := true
-	if f.o.Depth > 0 {
-		take = e.Present && e.Depth < f.o.Depth
-	}
+	// What lies behind the end of an image before the target is not the target's: it
+	// reads as zero.
+	take := f.o.Depth == 0 || e.Depth < f.o.Depth
 	return extent{start: off, length: e.Length, take: take, zero: e.Zero}, nil
 }
 
@@ -251,6 +250,12 @@ func (f *Filter) unlock(off, n int64) {
 	for i := first; i <= last; i++ {
 		f.locks[i].Unlock()
 	}
+}
+
+// changeRecorder is a source with bitmaps of its own, which tell of what is written
+// to the target alone too.
+type changeRecorder interface {
+	RecordChange(off, n int64) error
 }
 
 // way is where a write goes.
@@ -318,6 +323,11 @@ func (f *Filter) each(off, n int64, do func(to block.Node, off, n int64) error) 
 
 func (f *Filter) send(how way, off, n int64, do func(to block.Node, off, n int64) error) error {
 	if how == toTarget {
+		if r, ok := f.Node.(changeRecorder); ok {
+			if err := r.RecordChange(off, n); err != nil {
+				return err
+			}
+		}
 		f.diverted.Add(n)
 		return do(f.target, off, n)
 	}
@@ -371,9 +381,15 @@ func cut(bufs [][]byte, off, n int64) [][]byte {
 	return part
 }
 
-// Discard implements block.Node.
+// Discard implements block.Node. Behind the pass both read as zero then: what each
+// of them would make of it, the other might not.
 func (f *Filter) Discard(off, n int64) error {
-	return f.each(off, n, func(to block.Node, off, n int64) error { return to.Discard(off, n) })
+	return f.each(off, n, func(to block.Node, off, n int64) error {
+		if off < f.cursor.Load() {
+			return to.WriteZeroes(off, n, true)
+		}
+		return to.Discard(off, n)
+	})
 }
 
 // WriteZeroes implements block.Node.

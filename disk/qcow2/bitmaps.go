@@ -227,6 +227,10 @@ func (n *Node) record(off, length int64) error {
 	return nil
 }
 
+// RecordChange tells the image's bitmaps that a range of the disk changes otherwise
+// than by requests of this node.
+func (n *Node) RecordChange(off, length int64) error { return n.record(off, length) }
+
 func (n *Node) markBitmaps() error {
 	n.bitmaps.mu.Lock()
 	defer n.bitmaps.mu.Unlock()

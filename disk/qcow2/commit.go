@@ -51,7 +51,7 @@ func Commit(ctx context.Context, path string, progress func(done, total int64)) 
 			return fmt.Errorf("commit disk %s: %w", path, err)
 		}
 	}
-	buf := make([]byte, max(maxRun, n.header.ClusterSize()))
+	buf := make([]byte, n.copied())
 	for off, size := int64(0), n.Size(); off < size; {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -75,4 +75,11 @@ func Commit(ctx context.Context, path string, progress func(done, total int64)) 
 		}
 	}
 	return base.Flush()
+}
+
+// copied is how many bytes are copied at once: whole clusters, and no more than the
+// disk has.
+func (n *Node) copied() int64 {
+	size := n.header.ClusterSize()
+	return min(max(maxRun, size), (n.Size()+size-1)/size*size)
 }
