@@ -165,7 +165,7 @@ func (mon *monitor) checkOptions(o *blockdevOptions, names map[string]bool, dept
 	switch {
 	case o.Null != nil && o.Null.Size != nil && (*o.Null.Size < 0 || *o.Null.Size%512 != 0):
 		return qmp.Errorf("Invalid size: multiples of 512 are possible")
-	case o.NBD != nil && o.NBD.Server.Inet != nil && !net.ParseIP(o.NBD.Server.Inet.Host).IsLoopback() && o.NBD.Server.Inet.Host != "localhost":
+	case o.NBD != nil && o.NBD.Server.Inet != nil && !loopback(o.NBD.Server.Inet.Host):
 		return qmp.Errorf("a server that is not on this host needs encryption, which cannot be asked for here")
 	case o.Raw != nil:
 		return mon.checkRef(o.Raw.File.Reference, o.Raw.File.Definition, names, depth, nil)

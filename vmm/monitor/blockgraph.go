@@ -12,6 +12,7 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk/nbd"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 	"github.com/gnomon-vmm/gnomon/disk/raw"
+	"github.com/gnomon-vmm/gnomon/disk/stream"
 	"github.com/gnomon-vmm/gnomon/qmp"
 	"github.com/gnomon-vmm/gnomon/vmm"
 )
@@ -67,6 +68,8 @@ func behindFilters(n block.Node) block.Node {
 		case *mirror.Filter:
 			n = f.Source()
 		case *backup.Filter:
+			n = f.Node
+		case *stream.Filter:
 			n = f.Node
 		default:
 			return n

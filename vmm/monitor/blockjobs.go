@@ -49,12 +49,16 @@ type blockWork struct {
 	work      func(context.Context) error
 	abandon   func()
 	nodes     []*graphNode // which it uses
+	onError   onError
+	ignored   error // the first that was
 
 	mu    sync.Mutex
 	speed int64     // bytes a second, 0: no limit; guarded by mu
 	since time.Time // what is counted since; guarded by mu
 	spent int64     // bytes since then; guarded by mu
 	woken chan struct{}
+	// status is what the last error was, until the job is resumed after it; guarded by mu
+	status deviceIOStatus
 }
 
 // blockJobs are the machine's, by the id of the disk and that of the job.
@@ -165,12 +169,12 @@ func (mon *monitor) queryBlockJobs() []blockJob {
 		}
 		i := w.job.Info()
 		w.mu.Lock()
-		speed := w.speed
+		speed, status := w.speed, w.status
 		w.mu.Unlock()
 		all = append(all, blockJob{
 			Type: string(w.kind), Device: i.ID, Len: i.TotalProgress, Offset: i.CurrentProgress,
 			Busy: i.Status == qmp.JobRunning, Paused: i.Status == qmp.JobPaused || i.Status == qmp.JobStandby,
-			Speed: speed, IOStatus: "ok", Ready: i.Status == qmp.JobReady || i.Status == qmp.JobStandby, Status: i.Status,
+			Speed: speed, IOStatus: status, Ready: i.Status == qmp.JobReady || i.Status == qmp.JobStandby, Status: i.Status,
 			AutoFinalize: w.autoFinalize, AutoDismiss: w.autoDismiss, Error: i.Error,
 		})
 	}
@@ -190,7 +194,7 @@ func orTrue(b *bool) bool { return b == nil || *b }
 func (mon *monitor) newBlockWork(s *qmp.Session, kind blockJobKind, d vmm.AttachedDisk, o blockJobOptions, soft bool) (*blockWork, error) {
 	w := &blockWork{
 		mon: mon, kind: kind, disk: d, session: s, soft: soft, autoFinalize: orTrue(o.autoFinalize), autoDismiss: orTrue(o.autoDismiss),
-		id: d.ID, woken: make(chan struct{}, 1), // QEMU's older commands need no id
+		id: d.ID, status: "ok", woken: make(chan struct{}, 1), // QEMU's older commands need no id
 	}
 	if o.id != nil {
 		w.id = *o.id

@@ -154,6 +154,9 @@ func (mon *monitor) resize(_ context.Context, _ *qmp.Session, a resizeArguments)
 	if a.Size < 0 {
 		return e, qmp.Errorf("Parameter 'size' expects a >0 size")
 	}
+	if mon.exported(d.ID) {
+		return e, qmp.Errorf("Node '%s' is busy: block device is in use by a block export", mon.topName(d))
+	}
 	return e, mon.unlessBusy(d, func() error {
 		var err error
 		mon.bitmaps.mu.Lock()

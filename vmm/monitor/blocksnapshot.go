@@ -59,7 +59,7 @@ func (o *overlaying) begin() (err error) {
 
 func (o *overlaying) apply(current block.Node) (block.Node, error) {
 	if current != block.Node(o.base) {
-		return nil, qmp.Errorf("Device '%s' has a snapshot in this transaction already", o.disk.ID)
+		return nil, qmp.Errorf("Device '%s' has another image in use since an action before in this transaction", o.disk.ID)
 	}
 	if err := o.base.Flush(); err != nil {
 		return nil, err

@@ -38,6 +38,7 @@ type monitor struct {
 	blockJobs   blockJobs
 	bitmaps     dirtyBitmaps
 	graph       graph
+	exports     exports
 
 	mu   sync.Mutex
 	dump dumpState // guarded by mu
@@ -76,6 +77,9 @@ func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server,
 	mon.registerOverlays(reg)
 	mon.registerCopies(reg)
 	mon.registerCreate(reg)
+	mon.registerStream(reg)
+	mon.registerTransaction(reg)
+	mon.registerExports(reg)
 	mon.registerDevices(reg)
 	mon.registerStats(reg)
 	mon.registerMemory(reg)
@@ -84,6 +88,9 @@ func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server,
 	registerEvents(reg)
 	mon.server = qmp.NewServer(reg, version)
 	m.Observe(mon.tell)
+	mon.loadBitmaps()
+	m.AtClose(mon.closeExports)
+	m.AtClose(mon.storeBitmaps)
 	m.AtClose(mon.closeNodes)
 	for _, a := range addresses {
 		if err := mon.server.Listen(a); err != nil {
