@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"encoding/binary"
 	"fmt"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
@@ -25,77 +24,8 @@ func (n *Node) RenameBacking(name, format string) error {
 	if n.w == nil {
 		return fmt.Errorf("disk %s: %w", n.path, block.ErrReadOnly)
 	}
-	n.w.flushing.Lock()
-	defer n.w.flushing.Unlock()
-	if err := n.nameBacking(name, format); err != nil {
+	if err := n.rename(name, format); err != nil {
 		return fmt.Errorf("disk %s: name of its backing file: %w", n.path, err)
 	}
 	return nil
-}
-
-func (n *Node) nameBacking(name, format string) error {
-	old := make([]byte, n.header.ClusterSize())
-	if err := n.file.Readv([][]byte{old}, 0); err != nil {
-		return err
-	}
-	first, err := n.header.lyingOn(old, name, format)
-	if err != nil {
-		return err
-	}
-	h, err := ParseHeader(first)
-	if err != nil {
-		return err
-	}
-	if err := n.writeHeader(0, first); err != nil {
-		return err
-	}
-	*n.header = *h
-	return nil
-}
-
-// lyingOn is the first cluster of an image, which is old, with another name of the
-// backing file behind its extensions. These stay, known or not, except the one that
-// tells the backing file's format.
-func (h *Header) lyingOn(old []byte, name, format string) ([]byte, error) {
-	be := binary.BigEndian
-	at, end := headerLenV2, len(old)
-	if h.Version >= 3 {
-		at = int(be.Uint32(old[100:]))
-	}
-	if h.nameOffset != 0 {
-		end = int(h.nameOffset)
-	}
-	b := append([]byte(nil), old[:at]...)
-	add := func(kind uint32, data []byte) {
-		b = be.AppendUint32(b, kind)
-		b = be.AppendUint32(b, uint32(len(data)))
-		b = append(append(b, data...), make([]byte, -len(data)&7)...)
-	}
-	if name != "" {
-		add(extBackingFormat, []byte(format))
-	}
-	for at+8 <= end { // ParseHeader has found them to be whole
-		kind, length := be.Uint32(old[at:]), int(be.Uint32(old[at+4:]))
-		if kind == extEnd {
-			break
-		}
-		if kind != extBackingFormat && kind != extNothing {
-			add(kind, old[at+8:at+8+length])
-		}
-		at += 8 + (length+7)&^7
-	}
-	b = append(b, make([]byte, 8)...) // extEnd
-	be.PutUint64(b[8:], 0)
-	be.PutUint32(b[16:], uint32(len(name)))
-	if name != "" {
-		if len(b)+bitmapsGap+len(name) <= len(old) {
-			b = append(b, make([]byte, bitmapsGap)...)
-		}
-		be.PutUint64(b[8:], uint64(len(b)))
-		b = append(b, name...)
-	}
-	if len(b) > len(old) || len(name) > maxBackingName {
-		return nil, fmt.Errorf("%w: it has %d bytes, for which the header has no room", ErrBacking, len(name))
-	}
-	return append(b, make([]byte, len(old)-len(b))...), nil
 }
