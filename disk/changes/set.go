@@ -2,6 +2,7 @@ package changes
 
 import (
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"iter"
 
@@ -17,11 +18,21 @@ type Set struct {
 	Changed *bitmap.Bitmap
 	Reason  string
 	Size    int64 // of the disk
+	// From is where the application's last backup ended, of no meaning where all
+	// of the disk counts as changed, and To is where this set ends.
+	From, To Point
 
 	recorder *Recorder
-	id       [16]byte
-	epoch    uint32
 }
+
+// Point is an instant of a recording.
+type Point struct {
+	Recording string `json:"recording"` // its id; another recording has another
+	Epoch     uint32 `json:"epoch"`     // the last that lies before the instant
+}
+
+// point is the end of an epoch of the present recording.
+func (h *header) point(epoch uint32) Point { return Point{hex.EncodeToString(h.id[:]), epoch} }
 
 // Extents yields the runs of bytes that changed, ascending.
 func (s *Set) Extents() iter.Seq2[int64, int64] {
@@ -124,7 +135,7 @@ func (r *Recorder) collect(p *Pending, since uint32) error {
 	if err := r.readChanged(since, changed); err != nil {
 		return err
 	}
-	p.set.Changed = changed
+	p.set.Changed, p.set.From = changed, r.head.point(since)
 	return nil
 }
 
@@ -206,7 +217,7 @@ func (p *Pending) Raise() (*Set, error) {
 	if r.err != nil {
 		return nil, r.err
 	}
-	s.Size, s.id, s.epoch = r.size, r.head.id, r.head.epoch
+	s.Size, s.To = r.size, r.head.point(r.head.epoch)
 	r.head.epoch++
 	if err := r.savedLocked(); err != nil {
 		return nil, err
@@ -225,7 +236,7 @@ func (s *Set) Commit() error {
 	if err := r.usableLocked(); err != nil {
 		return err
 	}
-	if r.head.id != s.id {
+	if r.head.point(s.To.Epoch) != s.To {
 		return fmt.Errorf("%w: %s", ErrStale, r.head.reason)
 	}
 	a := r.head.app(s.Application)
@@ -236,8 +247,8 @@ func (s *Set) Commit() error {
 		r.head.apps = append(r.head.apps, Application{Name: s.Application})
 		a = &r.head.apps[len(r.head.apps)-1]
 	}
-	if s.epoch > a.Epoch {
-		a.Epoch, a.Time = s.epoch, r.now()
+	if s.To.Epoch > a.Epoch {
+		a.Epoch, a.Time = s.To.Epoch, r.now()
 	}
 	return r.savedLocked()
 }
