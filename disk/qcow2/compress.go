@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"fmt"
 	"io"
-	"sync"
 
 	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/zstd"
@@ -23,7 +22,27 @@ type decompressor struct {
 	zstd   *zstd.Decoder // created when first needed
 }
 
-var decompressors = sync.Pool{New: func() any { return new(decompressor) }}
+// spares are some states that are used again: large ones, not to be made anew after
+// each garbage collection.
+type spares[T any] chan *T
+
+func (s spares[T]) get() *T {
+	select {
+	case v := <-s:
+		return v
+	default:
+		return new(T)
+	}
+}
+
+func (s spares[T]) put(v *T) {
+	select {
+	case s <- v:
+	default:
+	}
+}
+
+var decompressors = make(spares[decompressor], 4)
 
 // cluster returns the compressed cluster of e, whole.
 func (im *image) cluster(e extent) ([]byte, error) {
@@ -31,8 +50,8 @@ func (im *image) cluster(e extent) ([]byte, error) {
 	if c := im.clusters.get(k); c != nil {
 		return c, nil
 	}
-	d := decompressors.Get().(*decompressor)
-	defer decompressors.Put(d)
+	d := decompressors.get()
+	defer decompressors.put(d)
 	if int64(cap(d.input)) < e.csize {
 		d.input = make([]byte, e.csize)
 	}

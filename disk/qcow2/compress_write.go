@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"sync"
 
 	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/zstd"
@@ -19,7 +18,7 @@ type compressor struct {
 	whole []byte        // the disk's last cluster, filled up with zeroes
 }
 
-var compressors = sync.Pool{New: func() any { return new(compressor) }}
+var compressors = make(spares[compressor], 4)
 
 // flateWindow is how far back a stream may refer: QEMU inflates with a window of
 // 2^12 bytes.
@@ -90,8 +89,8 @@ func (n *Node) WriteCompressed(p []byte, off int64) error {
 // compressCluster writes a cluster that p is, or begins.
 func (n *Node) compressCluster(p []byte, off int64) error {
 	size := n.header.ClusterSize()
-	c := compressors.Get().(*compressor)
-	defer compressors.Put(c)
+	c := compressors.get()
+	defer compressors.put(c)
 	cluster := p
 	if int64(len(p)) < size {
 		c.whole = append(append(c.whole[:0], p...), make([]byte, size-int64(len(p)))...)

@@ -243,7 +243,7 @@ func TestSpaceIsUsedAgain(t *testing.T) {
 		n, file := memoryImage(t, CreateOptions{Size: size, ClusterSize: 4096})
 		r := rand.New(rand.NewPCG(5, 5))
 		model := make([]byte, size)
-		for i := range 400 {
+		for i := range 100 {
 			off := r.Int64N(size/4096-16) * 4096
 			b := mixed(uint64(i), 64<<10)
 			copy(model[off:], b)
