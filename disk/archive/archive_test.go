@@ -356,7 +356,7 @@ func child(dir string) error {
 	}
 }
 
-// Killed anywhere, 30 times: all backups that the catalog names are sound and the disk as
+// Killed anywhere, 20 times: all backups that the catalog names are sound and the disk as
 // it was, and the next ones go on from them.
 func TestKilled(t *testing.T) {
 	dir := t.TempDir()
@@ -368,7 +368,7 @@ func TestKilled(t *testing.T) {
 	defer model.Close()
 	want := map[int][]byte{}
 	full := 0
-	for kill := range 30 {
+	for kill := range 20 {
 		cmd := exec.Command(os.Args[0])
 		cmd.Env = append(os.Environ(), childEnv+"="+dir)
 		var out bytes.Buffer

@@ -21,9 +21,11 @@ type attachedDisk struct {
 	Device   string `json:"device"`
 	Qdev     string `json:"qdev"`
 	Inserted *struct {
-		NodeName         string `json:"node-name"`
-		File             string `json:"file"`
-		BackingFileDepth int    `json:"backing_file_depth"`
+		NodeName         string        `json:"node-name"`
+		Driver           string        `json:"drv"`
+		File             string        `json:"file"`
+		BackingFileDepth int           `json:"backing_file_depth"`
+		Bitmaps          []dirtyBitmap `json:"dirty-bitmaps"`
 		Image            struct {
 			VirtualSize int64 `json:"virtual-size"`
 		} `json:"image"`
@@ -192,41 +194,4 @@ func backingFile(ctx context.Context, c *client.Client, d *attachedDisk) (string
 		}
 	}
 	return "", fmt.Errorf("node %s: the machine does not tell its backing file", d.Inserted.NodeName)
-}
-
-func newBackupCommand() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "backup MACHINE [DISK] --to FILE [--sync full|top] [--format qcow2|raw]",
-		Short: "Copy a running machine's disk as it is now",
-		Long: `Copy a running machine's disk, Gnomon's or QEMU's, as it is at this instant, while the machine goes on writing. With
---sync top only what its newest image holds is copied: the copy lies on the same backing file.`,
-		Example: `  gnomon backup vm1 --to monday.qcow2`,
-		Args:    usageArgs(cobra.RangeArgs(1, 2)),
-	}
-	to := cmd.Flags().String("to", "", "`image` to make")
-	sync := cmd.Flags().String("sync", "full", "`what` is copied: full|top")
-	format := cmd.Flags().String("format", "qcow2", "`format` of the image: qcow2|raw")
-	completeFlag(cmd, "sync", "full", "top")
-	completeFlag(cmd, "format", "qcow2", "raw")
-	cmd.RunE = onDisk(func(cmd *cobra.Command, c *client.Client, d *attachedDisk) error {
-		if *to == "" {
-			return usageError(errors.New("no --to: name the image to make"))
-		}
-		path, err := filepath.Abs(*to)
-		if err != nil {
-			return err
-		}
-		if _, err := os.Lstat(path); err == nil {
-			return fmt.Errorf("%s exists: remove it, or choose another name", *to)
-		}
-		begin := time.Now()
-		err = runDiskJob(cmd.Context(), c, "backup", "drive-backup", map[string]any{"device": d.ref(), "target": path, "format": *format, "sync": *sync})
-		if err != nil {
-			os.Remove(path) // QEMU leaves what it has copied so far
-			return err
-		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%s: the disk as it was at %s, copied in %s\n", *to, begin.Format(time.RFC3339), time.Since(begin).Round(time.Millisecond))
-		return nil
-	})
-	return cmd
 }

@@ -33,10 +33,15 @@ type jobInfo struct {
 // for that.
 func runJob(ctx context.Context, c *client.Client, label, id, command string, args map[string]any) error {
 	args["job-id"] = id
-	background := context.WithoutCancel(ctx)
-	if err := c.Execute(background, command, args, nil); err != nil {
+	if err := c.Execute(context.WithoutCancel(ctx), command, args, nil); err != nil {
 		return err
 	}
+	return awaitJob(ctx, c, label, id)
+}
+
+// awaitJob is the rest of runJob, of a job that has been started.
+func awaitJob(ctx context.Context, c *client.Client, label, id string) error {
+	background := context.WithoutCancel(ctx)
 	bar := newProgress(label)
 	defer bar.Finish()
 	cancelled := ctx.Done()

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"github.com/gnomon-vmm/gnomon/internal/unixsock"
@@ -57,10 +58,12 @@ func checkMachineName(name string) error {
 	if !machineName.MatchString(name) {
 		return fmt.Errorf("machine name %q: use up to 64 letters, digits, dots, dashes and underscores, a letter or digit first", name)
 	}
-	// gnomon checkpoint NAME must mean the machine.
-	for _, cmd := range newCheckpointCommand().Commands() {
-		if cmd.Name() == name {
-			return fmt.Errorf("machine name %q: gnomon checkpoint %s is a command: choose another name", name, name)
+	// gnomon checkpoint NAME and gnomon backup NAME must mean the machine.
+	for _, parent := range []*cobra.Command{newCheckpointCommand(), newBackupCommand()} {
+		for _, cmd := range parent.Commands() {
+			if cmd.Name() == name {
+				return fmt.Errorf("machine name %q: gnomon %s %s is a command: choose another name", name, parent.Name(), name)
+			}
 		}
 	}
 	return nil
