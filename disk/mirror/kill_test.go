@@ -70,7 +70,7 @@ func writeAndConsolidate(path string) error {
 		}
 	}()
 	c, err := mirror.Consolidate(root, mirror.Options{Pause: func() error {
-		time.Sleep(time.Millisecond) // so that most are killed in the middle
+		time.Sleep(250 * time.Microsecond) // so that most are killed in the middle
 		return nil
 	}})
 	if err != nil {
@@ -112,7 +112,7 @@ func TestKilledWhileConsolidating(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		timer := time.AfterFunc(time.Duration(10+random.IntN(60))*time.Millisecond, func() { cmd.Process.Kill() })
+		timer := time.AfterFunc(time.Duration(10+random.IntN(120))*time.Millisecond, func() { cmd.Process.Kill() })
 		durable := uint64(0)
 		for lines := bufio.NewScanner(out); lines.Scan(); {
 			text := lines.Text()
