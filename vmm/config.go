@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"syscall"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/changes"
@@ -83,9 +84,44 @@ type Disk struct {
 	Node   block.Node
 	Serial string // up to 20 bytes, seen by the guest; "": the ID
 	Queues int    // 0: one for each vCPU, at most 4
+	// ReadError and WriteError say what becomes of requests that fail on the host;
+	// "": OnErrorReport.
+	ReadError, WriteError OnError
 	// Changes records what changes on the disk; nil: nobody does. It is closed after
 	// the disk.
 	Changes *changes.Recorder
+}
+
+// OnError is what becomes of a request that failed, in the words of QEMU's rerror and
+// werror.
+type OnError string
+
+// Policies for errors.
+const (
+	OnErrorReport  OnError = "report" // the guest is told
+	OnErrorIgnore  OnError = "ignore" // the guest is told that it has worked
+	OnErrorStop    OnError = "stop"   // the machine is paused; Resume has it tried again
+	OnErrorNoSpace OnError = "enospc" // OnErrorStop for want of space, OnErrorReport for the rest
+)
+
+// onIOError decides by the disk's policies.
+func (d *Disk) onIOError(op virtio.BlkOp, err error) virtio.BlkAction {
+	policy := d.WriteError
+	if op == virtio.BlkRead {
+		policy = d.ReadError
+	}
+	switch {
+	case policy == OnErrorIgnore:
+		return virtio.BlkIgnore
+	case policy == OnErrorStop, policy == OnErrorNoSpace && errors.Is(err, syscall.ENOSPC):
+		return virtio.BlkStop
+	}
+	return virtio.BlkReport
+}
+
+// known tells whether there is such a policy.
+func (p OnError) known() bool {
+	return p == "" || p == OnErrorReport || p == OnErrorIgnore || p == OnErrorStop || p == OnErrorNoSpace
 }
 
 // Net is a virtio network device.
@@ -190,6 +226,8 @@ func (c *Config) validate() error {
 			return fmt.Errorf("%w: disk %s: serial %q is longer than 20 bytes", ErrConfig, d.ID, d.Serial)
 		case d.Queues < 1 || d.Queues > MaxCPUs:
 			return fmt.Errorf("%w: disk %s: %d queues: 1 to %d are possible", ErrConfig, d.ID, d.Queues, MaxCPUs)
+		case !d.ReadError.known() || !d.WriteError.known():
+			return fmt.Errorf("%w: disk %s: errors are handled by %q and %q: report, ignore, stop and enospc are possible", ErrConfig, d.ID, d.ReadError, d.WriteError)
 		case seen[d.ID]:
 			return fmt.Errorf("%w: two devices are named %s", ErrConfig, d.ID)
 		}

@@ -3,6 +3,7 @@ package vmm
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/gnomon-vmm/gnomon/kvm"
@@ -187,6 +188,7 @@ func (m *Machine) finish(r request) Exit {
 func (m *Machine) end(s Status) {
 	m.ctl.Lock()
 	defer m.ctl.Unlock()
+	m.hurryDisks(true)
 	m.gate.hold(holdControl)
 	m.gate.wait()
 	m.stopDevices()
@@ -207,19 +209,31 @@ func (m *Machine) Pause() error {
 		m.startPaused = true
 	}
 	m.goOn = false
-	m.pause()
+	m.pause(StatusPaused)
 	return nil
 }
 
+// pauseForIOError is Pause because of a request that waits for Resume.
+func (m *Machine) pauseForIOError() {
+	m.ctl.Lock()
+	defer m.ctl.Unlock()
+	waits := func(d AttachedDisk) bool { return d.Device.Stopped() != nil }
+	if !m.closed && slices.ContainsFunc(m.disks, waits) { // or somebody has resumed it already
+		m.goOn = false
+		m.pause(StatusIOError)
+	}
+}
+
 // pause is Pause for a machine that runs. Preconditions: m.ctl is held.
-func (m *Machine) pause() {
+func (m *Machine) pause(s Status) {
 	if m.Status() != StatusRunning {
 		return
 	}
+	m.hurryDisks(true)
 	m.gate.hold(holdUser)
 	m.gate.wait()
 	m.stopDevices()
-	m.setStatus(StatusPaused)
+	m.setStatus(s)
 	m.events.emit(Stopped{})
 }
 
@@ -236,7 +250,7 @@ func (m *Machine) Suspend() (end func() error, err error) {
 		m.goOn = m.Status() == StatusRunning
 	}
 	m.suspended++
-	m.pause()
+	m.pause(StatusPaused)
 	return sync.OnceValue(m.endSuspend), nil
 }
 
@@ -265,7 +279,7 @@ func (m *Machine) resume() error {
 		return ErrClosed
 	case s == StatusRunning:
 		return nil
-	case s != StatusPaused && s != StatusPrelaunch:
+	case s != StatusPaused && s != StatusPrelaunch && s != StatusIOError:
 		return fmt.Errorf("%w: it cannot go on from %q; reset or quit it", ErrState, s)
 	case m.suspended > 0:
 		m.goOn = true
@@ -306,10 +320,22 @@ func (m *Machine) startDevices() error {
 	m.clock.start()
 	m.serial.Resume()
 	m.rtc.Resume()
+	m.hurryDisks(false)
+	for _, d := range m.disks {
+		d.Device.Retry()
+	}
 	for _, d := range m.virtio {
 		d.Resume()
 	}
 	return nil
+}
+
+// hurryDisks has no request of a disk wait for the disk's limits, so that the devices
+// can come to stand still, or lets them wait again.
+func (m *Machine) hurryDisks(on bool) {
+	for _, d := range m.disks {
+		d.Root.Hurry(on)
+	}
 }
 
 // systemEvent serves KVM_EXIT_SYSTEM_EVENT: a guest's request that came to the

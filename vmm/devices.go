@@ -109,9 +109,12 @@ func (m *Machine) buildVirtio() error {
 		d.Node = root
 		blk, err := virtio.NewBlk(virtio.BlkConfig{
 			Node: d.Node, Serial: d.Serial, Queues: d.Queues,
-			OnIOError: func(op virtio.BlkOp, err error) {
-				m.events.emit(BlockIOError{Device: d.ID, Operation: string(op), Err: err})
+			OnIOError: func(op virtio.BlkOp, err error) virtio.BlkAction {
+				action := d.onIOError(op, err)
+				m.events.emit(BlockIOError{Device: d.ID, Operation: string(op), Action: string(action), Err: err})
+				return action
 			},
+			OnStop: func() { go m.pauseForIOError() }, // which waits for the worker that calls this
 		})
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
@@ -253,6 +256,7 @@ func (m *Machine) reset(r request) error {
 	m.ctl.Lock()
 	defer m.ctl.Unlock()
 	running := m.Status() == StatusRunning
+	m.hurryDisks(true)
 	m.gate.hold(holdControl)
 	defer m.gate.release(holdControl)
 	m.gate.wait()

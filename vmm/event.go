@@ -10,6 +10,7 @@ const (
 	StatusPrelaunch     Status = "prelaunch" // not yet started
 	StatusRunning       Status = "running"
 	StatusPaused        Status = "paused"
+	StatusIOError       Status = "io-error" // a disk's request failed, and waits for Resume
 	StatusShutdown      Status = "shutdown" // the guest powered off, or quit
 	StatusGuestPanicked Status = "guest-panicked"
 	StatusInternalError Status = "internal-error"
@@ -51,6 +52,7 @@ type (
 	BlockIOError struct {
 		Device    string
 		Operation string // "read" or "write"
+		Action    string // what became of it: "report", "ignore" or "stop"
 		Err       error
 	}
 )

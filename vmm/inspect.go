@@ -118,10 +118,12 @@ func (m *Machine) Stopped(f func() error) error {
 	if m.closed {
 		return ErrClosed
 	}
+	m.hurryDisks(true)
 	m.gate.hold(holdControl)
 	defer m.gate.release(holdControl)
 	m.gate.wait()
 	if m.Status() == StatusRunning {
+		defer m.hurryDisks(false)
 		for _, d := range m.virtio {
 			d.Pause()
 			defer d.Resume()

@@ -304,6 +304,7 @@ func (m *Machine) Close() error {
 		m.Quit()
 		<-m.ended
 	}
+	m.hurryDisks(true)
 	m.gate.hold(holdClosed)
 	m.threads.Wait()
 	m.release()

@@ -150,7 +150,7 @@ func (m *Machine) SaveState() ([]Section, error) {
 	switch s := m.Status(); {
 	case m.closed:
 		return nil, ErrClosed
-	case s != StatusPaused && s != StatusPrelaunch:
+	case s != StatusPaused && s != StatusPrelaunch && s != StatusIOError:
 		return nil, fmt.Errorf("%w: its state can be saved while it is paused, not while it is %q", ErrState, s)
 	case m.gate.holds(holdRequest) != 0:
 		return nil, fmt.Errorf("%w: the guest is being reset or powered off: its state can be saved after that", ErrState)

@@ -29,6 +29,10 @@ type Root struct {
 	recorders atomic.Pointer[[]Recorder]
 	// always hears of it too, and was there before the first request; or nil.
 	always Recorder
+
+	throttle   atomic.Pointer[throttle] // nil: requests have no limits
+	letThrough sync.Mutex               // held while throttle or hurried are changed
+	hurried    bool                     // guarded by letThrough
 }
 
 // Recorder hears of each part of a disk that is about to change. Each request waits
@@ -108,8 +112,18 @@ func (r *Root) Drained(f func(current Node) Node) {
 	r.current.Store(&holder{f(r.Current())})
 }
 
+func length(bufs [][]byte) (n int64) {
+	for _, b := range bufs {
+		n += int64(len(b))
+	}
+	return n
+}
+
 // Readv implements Node.
 func (r *Root) Readv(bufs [][]byte, off int64) error {
+	if r.throttle.Load() != nil {
+		r.hold(false, length(bufs))
+	}
 	r.requests.RLock()
 	defer r.requests.RUnlock()
 	return r.Current().Readv(bufs, off)
@@ -117,14 +131,13 @@ func (r *Root) Readv(bufs [][]byte, off int64) error {
 
 // Writev implements Node.
 func (r *Root) Writev(bufs [][]byte, off int64) error {
+	if r.throttle.Load() != nil {
+		r.hold(true, length(bufs))
+	}
 	r.requests.RLock()
 	defer r.requests.RUnlock()
 	if r.always != nil || r.recorders.Load() != nil {
-		var n int64
-		for _, b := range bufs {
-			n += int64(len(b))
-		}
-		r.record(off, n)
+		r.record(off, length(bufs))
 	}
 	return r.Current().Writev(bufs, off)
 }
@@ -146,6 +159,7 @@ func (r *Root) Discard(off, n int64) error {
 
 // WriteZeroes implements Node.
 func (r *Root) WriteZeroes(off, n int64, unmap bool) error {
+	r.hold(true, n)
 	r.requests.RLock()
 	defer r.requests.RUnlock()
 	r.record(off, n)

@@ -13,7 +13,7 @@ import (
 )
 
 // The types of QEMU's qapi/block-core.json. What is optional there and never
-// present here is left out, and numbers of throttling are always 0.
+// present here is left out.
 type (
 	blockInfo struct {
 		Device    string          `qmp:"device"`
@@ -39,6 +39,13 @@ type (
 		IOPS             int64        `qmp:"iops"`
 		IOPSRead         int64        `qmp:"iops_rd"`
 		IOPSWrite        int64        `qmp:"iops_wr"`
+		BPSMax           int64        `qmp:"bps_max,omitempty"`
+		BPSReadMax       int64        `qmp:"bps_rd_max,omitempty"`
+		BPSWriteMax      int64        `qmp:"bps_wr_max,omitempty"`
+		IOPSMax          int64        `qmp:"iops_max,omitempty"`
+		IOPSReadMax      int64        `qmp:"iops_rd_max,omitempty"`
+		IOPSWriteMax     int64        `qmp:"iops_wr_max,omitempty"`
+		IOPSSize         int64        `qmp:"iops_size,omitempty"`
 		Image            imageInfo    `qmp:"image"`
 		DirtyBitmaps     []dirtyInfo  `qmp:"dirty-bitmaps,omitempty"`
 		Cache            cacheInfo    `qmp:"cache"`
@@ -92,6 +99,10 @@ type (
 		AccountInvalid  bool         `qmp:"account_invalid"`
 		AccountFailed   bool         `qmp:"account_failed"`
 		TimedStats      []timedStats `qmp:"timed_stats"`
+
+		ReadLatency  *histogramInfo `qmp:"rd_latency_histogram"`
+		WriteLatency *histogramInfo `qmp:"wr_latency_histogram"`
+		FlushLatency *histogramInfo `qmp:"flush_latency_histogram"`
 	}
 	// timedStats is BlockDeviceTimedStats, of intervals that nobody can set here.
 	timedStats struct {
@@ -147,10 +158,10 @@ func devicePath(id string) string { return "/machine/peripheral/" + id }
 func (mon *monitor) registerBlock(reg *qmp.Registry) {
 	query(reg, "query-block", func() (all []blockInfo) {
 		for _, d := range mon.m.Disks() {
-			path, ok := devicePath(d.ID), deviceIOStatus("ok")
+			path, status := devicePath(d.ID), ioStatus(d)
 			node := mon.nodeInfo(d, d.Node.Info(), mon.chainNames(d), 0, true)
 			node.DirtyBitmaps = mon.bitmaps.info(d.ID)
-			all = append(all, blockInfo{Device: d.ID, Qdev: &path, Type: "unknown", Inserted: &node, IOStatus: &ok})
+			all = append(all, blockInfo{Device: d.ID, Qdev: &path, Type: "unknown", Inserted: &node, IOStatus: &status})
 		}
 		return all
 	})
@@ -203,7 +214,11 @@ func (mon *monitor) addedNodes(deep bool) (all []blockNode) {
 
 // nodeInfo tells of the depth-th image of a disk. names are those that are known.
 func (mon *monitor) nodeInfo(d vmm.AttachedDisk, i block.Info, names []string, depth int, deep bool) blockNode {
-	return describe(nameAt(d, names, depth), i, depth > 0 || d.Node.ReadOnly(), d.Device.State().Writeback, deep)
+	n := describe(nameAt(d, names, depth), i, depth > 0 || d.Node.ReadOnly(), d.Device.State().Writeback, deep)
+	if depth == 0 {
+		n.tellLimits(d.Root.Limits())
+	}
+	return n
 }
 
 func describe(name string, i block.Info, readOnly, writeback, deep bool) blockNode {
@@ -241,7 +256,7 @@ func image(i block.Info, deep bool) imageInfo {
 func (mon *monitor) queryBlockStats(_ context.Context, _ *qmp.Session, a blockStatsArguments) (all []blockStats, _ error) {
 	for _, d := range mon.m.Disks() {
 		node, path := mon.topName(d), devicePath(d.ID)
-		s := blockStats{NodeName: &node, Stats: deviceStats(d.Device.Stats())}
+		s := blockStats{NodeName: &node, Stats: deviceStats(d.Device)}
 		if a.QueryNodes == nil || !*a.QueryNodes {
 			s.Device, s.Qdev = &d.ID, &path
 		}
@@ -252,7 +267,8 @@ func (mon *monitor) queryBlockStats(_ context.Context, _ *qmp.Session, a blockSt
 
 // deviceStats counts as QEMU does: requests to write zeroes are writes,
 // discards are unmaps.
-func deviceStats(s virtio.BlkStats) blockDeviceStats {
+func deviceStats(d *virtio.Blk) blockDeviceStats {
+	s := d.Stats()
 	return blockDeviceStats{
 		ReadBytes: s.Read.Bytes, ReadOperations: s.Read.Ops, ReadTime: int64(s.Read.Time),
 		FailedReads: s.Read.Failed, InvalidReads: s.Read.Invalid,
@@ -266,5 +282,6 @@ func deviceStats(s virtio.BlkStats) blockDeviceStats {
 		UnmapBytes: s.Discard.Bytes, UnmapOperations: s.Discard.Ops, UnmapTime: int64(s.Discard.Time),
 		FailedUnmaps: s.Discard.Failed, InvalidUnmaps: s.Discard.Invalid,
 		AccountInvalid: true, AccountFailed: true,
+		ReadLatency: histogram(d, virtio.LatencyRead), WriteLatency: histogram(d, virtio.LatencyWrite), FlushLatency: histogram(d, virtio.LatencyFlush),
 	}
 }

@@ -10,7 +10,7 @@ type runState string
 
 func (runState) Values() []string {
 	return []string{
-		string(vmm.StatusPrelaunch), string(vmm.StatusRunning), string(vmm.StatusPaused),
+		string(vmm.StatusPrelaunch), string(vmm.StatusRunning), string(vmm.StatusPaused), string(vmm.StatusIOError),
 		string(vmm.StatusShutdown), string(vmm.StatusGuestPanicked), string(vmm.StatusInternalError),
 	}
 }

@@ -122,7 +122,7 @@ func (mon *monitor) ioError(e vmm.BlockIOError) ioErrorData {
 		}
 	}
 	d := ioErrorData{
-		Device: e.Device, NodeName: &node, Operation: "write", Action: "report", NoSpace: &full, Reason: e.Err.Error(),
+		Device: e.Device, NodeName: &node, Operation: "write", Action: errorAction(e.Action), NoSpace: &full, Reason: e.Err.Error(),
 	}
 	if e.Operation == string(virtio.BlkRead) {
 		d.Operation = "read"

@@ -24,7 +24,7 @@ var looser = []string{"query-jobs returns[].type"}
 
 // narrower are the commands that do not take all that QEMU's take: they refuse
 // what they do not know by its name.
-var narrower = []string{"block-commit", "block-stream", "blockdev-add", "blockdev-reopen", "blockdev-backup", "blockdev-create", "blockdev-mirror", "drive-backup", "drive-mirror", "transaction", "nbd-server-start", "nbd-server-add", "block-export-add"}
+var narrower = []string{"block-commit", "block-stream", "blockdev-add", "blockdev-reopen", "blockdev-backup", "blockdev-create", "blockdev-mirror", "drive-backup", "drive-mirror", "transaction", "nbd-server-start", "nbd-server-add", "block-export-add", "block_set_io_throttle"}
 
 // TestSchemaFitsQEMU compares the schemas: what we return and send is what
 // QEMU's clients may expect, what they may ask for is accepted.

@@ -6,8 +6,8 @@
 //   - dump-guest-memory writes only ELF, always 64-bit x86, and without paging;
 //     with detach it is a job too, "dump-guest-memory", that job-cancel ends.
 //   - query-cpus, which QEMU dropped in 6.0, is there for older clients.
-//   - block-commit, drive-backup and drive-mirror take the arguments that have a
-//     meaning here, and refuse the others by name; a disk has one job at a time.
+//   - Commands on disks and nodes take the arguments that have a meaning here, and
+//     refuse the others by name; a disk has one job at a time, a node one user.
 //   - __org.gnomon_checkpoint saves the machine, and __ORG.GNOMON_FAILED tells
 //     that it cannot go on.
 //   - __ORG.GNOMON_DEVICE_BROKEN tells that the guest's driver broke a virtio
@@ -80,6 +80,7 @@ func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server,
 	mon.registerStream(reg)
 	mon.registerTransaction(reg)
 	mon.registerExports(reg)
+	mon.registerThrottling(reg)
 	mon.registerDevices(reg)
 	mon.registerStats(reg)
 	mon.registerMemory(reg)

@@ -35,6 +35,8 @@ const (
 	blkOK    = 0
 	blkIOErr = 1
 	blkUnsup = 2
+
+	blkRetry = 0xFF // ours: no status, the request is tried again
 )
 
 const (
@@ -63,6 +65,9 @@ const (
 // ErrBlk is the stage of serving a block device.
 var ErrBlk = errors.New("virtio-blk")
 
+// errRetry is a request that waits for Retry.
+var errRetry = errors.New("request waits")
+
 // BlkOp names a kind of request.
 type BlkOp string
 
@@ -86,10 +91,24 @@ type BlkConfig struct {
 	QueueSize uint16
 	// BlockSize is the logical block size in bytes, 512 or 4096; 0 means 512.
 	BlockSize int
-	// OnIOError, where not nil, is told of a request that the node failed. It
+	// OnIOError, where not nil, decides what becomes of a request that the node failed;
+	// where it is nil the driver is told. It is called by the queue's worker and must not
+	// block.
+	OnIOError func(op BlkOp, err error) BlkAction
+	// OnStop, where not nil, is told when requests wait for Retry since one failed. It
 	// is called by the queue's worker and must not block.
-	OnIOError func(op BlkOp, err error)
+	OnStop func()
 }
+
+// BlkAction is what becomes of a request that the node failed.
+type BlkAction string
+
+// What can become of it.
+const (
+	BlkReport BlkAction = "report" // the driver is told
+	BlkIgnore BlkAction = "ignore" // it passes for done
+	BlkStop   BlkAction = "stop"   // it waits, as do all others, for Retry
+)
 
 // BlkState is what survives a checkpoint.
 type BlkState struct {
@@ -112,6 +131,10 @@ type Blk struct {
 
 	// writeback is BlkState.Writeback.
 	writeback atomic.Bool
+
+	stopped atomic.Pointer[error]    // why requests wait for Retry; nil: they do not
+	started atomic.Pointer[[]*Queue] // those of Start; nil after Stop
+	latency [latencyNone + 1]atomic.Pointer[Histogram]
 }
 
 // blkQueue is what a worker needs for a request, kept from one to the next.
@@ -209,7 +232,8 @@ func (b *Blk) WriteConfig(off int, p []byte) {
 }
 
 // Start begins serving.
-func (b *Blk) Start(features uint64, _ []*Queue, host Host) error {
+func (b *Blk) Start(features uint64, queues []*Queue, host Host) error {
+	b.started.Store(&queues)
 	b.accepted.Store(features)
 	b.host.Store(&host)
 	return nil
@@ -217,6 +241,8 @@ func (b *Blk) Start(features uint64, _ []*Queue, host Host) error {
 
 // Stop ends serving. The cache mode is back to write-back after a reset.
 func (b *Blk) Stop() {
+	b.started.Store(nil)
+	b.stopped.Store(nil)
 	b.host.Store(nil)
 	b.accepted.Store(0)
 	b.writeback.Store(true)
@@ -226,6 +252,28 @@ func (b *Blk) Stop() {
 func (b *Blk) Resized() {
 	if h := b.host.Load(); h != nil {
 		(*h).ConfigChanged()
+	}
+}
+
+// Stopped is why requests wait for Retry, or nil.
+func (b *Blk) Stopped() error {
+	if err := b.stopped.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// Retry has requests that wait since one failed, and that one, be served.
+func (b *Blk) Retry() {
+	if b.stopped.Swap(nil) == nil {
+		return
+	}
+	if queues := b.started.Load(); queues != nil {
+		for _, q := range *queues {
+			if q != nil {
+				q.Wake()
+			}
+		}
 	}
 }
 
@@ -256,11 +304,18 @@ func (b *Blk) Handle(q *Queue) error {
 	bq := b.queues[q.Index()]
 	cost := 0
 	for {
+		if b.stopped.Load() != nil {
+			return nil
+		}
 		ok, err := q.Pop(&bq.chain)
 		if err != nil || !ok {
 			return err
 		}
 		written, err := b.request(bq)
+		if err == errRetry {
+			q.Undo(&bq.chain)
+			return nil
+		}
 		if err != nil {
 			return fmt.Errorf("%w: queue %d: %w", ErrBlk, q.Index(), err)
 		}
@@ -289,22 +344,25 @@ func (b *Blk) request(bq *blkQueue) (uint32, error) {
 		return writeLen(c), nil
 	}
 	sector := le.Uint64(header[8:])
+	result := byte(blkUnsup)
 	switch le.Uint32(header[:]) {
 	case blkIn:
-		*status = b.read(bq, sector)
+		result = b.read(bq, sector)
 	case blkOut:
-		*status = b.write(bq, sector)
+		result = b.write(bq, sector)
 	case blkFlush:
-		*status = b.flush()
+		result = b.flush()
 	case blkGetID:
-		*status = b.getID(bq)
+		result = b.getID(bq)
 	case blkDiscard:
-		*status = b.ranges(bq, BlkDiscard)
+		result = b.ranges(bq, BlkDiscard)
 	case blkWriteZeroes:
-		*status = b.ranges(bq, BlkWriteZeroes)
-	default:
-		*status = blkUnsup
+		result = b.ranges(bq, BlkWriteZeroes)
 	}
+	if result == blkRetry {
+		return 0, errRetry
+	}
+	*status = result
 	return writeLen(c), nil
 }
 
@@ -378,11 +436,27 @@ func (b *Blk) offset(sector uint64, n int64) (int64, bool) {
 
 // done counts a request that the node served and returns its status.
 func (b *Blk) done(c *blkCounter, op BlkOp, n int64, start time.Time, err error) byte {
-	c.time.Add(int64(time.Since(start)))
+	took := time.Since(start)
+	c.time.Add(int64(took))
+	if h := b.latency[latencyOf(op)].Load(); h != nil {
+		h.observe(took)
+	}
 	if err != nil {
 		c.failed.Add(1)
+		action := BlkReport
 		if b.cfg.OnIOError != nil {
-			b.cfg.OnIOError(op, err)
+			action = b.cfg.OnIOError(op, err)
+		}
+		switch action {
+		case BlkStop:
+			cause := err // which goes to the heap here alone
+			b.stopped.Store(&cause)
+			if b.cfg.OnStop != nil {
+				b.cfg.OnStop()
+			}
+			return blkRetry
+		case BlkIgnore:
+			return blkOK
 		}
 		return blkIOErr
 	}

@@ -342,7 +342,10 @@ func TestBlkReportsErrors(t *testing.T) {
 		err error
 	}
 	reports := make(chan report, 10)
-	b := newBlkGuest(t, allFeatures, BlkConfig{OnIOError: func(op BlkOp, err error) { reports <- report{op, err} }})
+	b := newBlkGuest(t, allFeatures, BlkConfig{OnIOError: func(op BlkOp, err error) BlkAction {
+		reports <- report{op, err}
+		return BlkReport
+	}})
 	b.node.mu.Lock()
 	b.node.fail = errDisk
 	b.node.mu.Unlock()
