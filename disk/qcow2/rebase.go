@@ -31,6 +31,20 @@ func Rebase(ctx context.Context, path string, o RebaseOptions) (err error) {
 	if o.Backing != "" && o.BackingFormat != "raw" && o.BackingFormat != "qcow2" {
 		return fmt.Errorf("rebase disk %s: %w: format %q of the backing file: raw and qcow2 are possible", path, ErrBacking, o.BackingFormat)
 	}
+	var backing block.Node
+	if !o.NameOnly && o.Backing != "" {
+		// What the image shall lie on does not lie on the image.
+		other := newChain()
+		info, err := os.Stat(path)
+		if err == nil {
+			other.opened = append(other.opened, info)
+			backing, err = other.openBacking(path, &Header{BackingFile: o.Backing, BackingFormat: o.BackingFormat})
+		}
+		if err != nil {
+			return fmt.Errorf("rebase disk %s: %w", path, err)
+		}
+		defer backing.Close() // it is only read
+	}
 	c := newChain()
 	n, err := c.openWritable(path)
 	if err != nil {
@@ -38,19 +52,8 @@ func Rebase(ctx context.Context, path string, o RebaseOptions) (err error) {
 	}
 	defer func() { err = errors.Join(err, n.Close()) }()
 	if !o.NameOnly {
-		info, err := os.Stat(path)
-		if err != nil {
-			return err
-		}
 		if n.backing, err = c.openBacking(path, n.header); err != nil {
 			return fmt.Errorf("rebase disk %s: %w; if it is gone, and another holds the same bytes, its name alone can be changed", path, err)
-		}
-		// What the image shall lie on does not lie on the image.
-		other := newChain()
-		other.opened = append(other.opened, info)
-		backing, err := other.openBacking(path, &Header{BackingFile: o.Backing, BackingFormat: o.BackingFormat})
-		if err != nil {
-			return fmt.Errorf("rebase disk %s: %w", path, err)
 		}
 		if err := n.moveTo(ctx, backing, o.Progress); err != nil {
 			return fmt.Errorf("rebase disk %s: %w", path, err)
@@ -66,6 +69,7 @@ func Rebase(ctx context.Context, path string, o RebaseOptions) (err error) {
 // as the old backing file does. Its header stays as it is.
 func (n *Node) moveTo(ctx context.Context, backing block.Node, progress func(done, total int64)) error {
 	old := n.SetBacking(backing)
+	defer n.SetBacking(nil)
 	if old != nil {
 		defer old.Close()
 	}

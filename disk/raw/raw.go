@@ -283,6 +283,17 @@ func (n *Node) Resize(size int64) error {
 	return nil
 }
 
+// Allocate has the host's file system keep space for a range; what it holds stays.
+func (n *Node) Allocate(off, length int64) error {
+	if err := n.checkWrite(off, length); err != nil {
+		return err
+	}
+	if err := n.fallocate(0, off, length); err != nil {
+		return fmt.Errorf("disk %s: allocate %d bytes at %d: %w", n.file.Name(), length, off, err)
+	}
+	return nil
+}
+
 // Grow makes room for a format that keeps its image in the file: the disk is at
 // least size bytes long, whole sectors, and the file becomes so when it is written.
 func (n *Node) Grow(size int64) {

@@ -29,7 +29,8 @@ also be an NBD server's, nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH.
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newDiskCreateCommand(), newDiskInfoCommand(), newDiskMapCommand(), newDiskConvertCommand(), newDiskCompareCommand(), newCommitCommand(),
-		newDiskSnapshotCommand(), newDiskConsolidateCommand(), newDiskOwnerCommand(), newDiskReleaseCommand(), newDiskServeCommand(), newDiskChangesCommand())
+		newDiskSnapshotCommand(), newDiskConsolidateCommand(), newDiskOwnerCommand(), newDiskReleaseCommand(), newDiskServeCommand(), newDiskChangesCommand(),
+		newDiskCheckCommand(), newDiskResizeCommand(), newDiskRebaseCommand(), newDiskSyncCommand())
 	return cmd
 }
 
