@@ -117,9 +117,6 @@ func replaceFile(path string, b []byte) (err error) {
 			os.Remove(f.Name())
 		}
 	}()
-	if err := f.Chmod(0o644); err != nil {
-		return err
-	}
 	if _, err := f.Write(b); err != nil {
 		return err
 	}

@@ -156,8 +156,13 @@ func (i *Image) Restore(cfg vmm.Config, o Options) (*Machine, error) {
 func (i *Image) recorded(policy pager.Policy, log func(string, ...any)) ([]pager.Block, error) {
 	blocks, err := pager.LoadRecorded(pager.RecordedPath(i.path), i.reader.ID())
 	switch {
-	case err == nil || errors.Is(err, fs.ErrNotExist):
+	case err == nil:
 		return blocks, nil
+	case errors.Is(err, fs.ErrNotExist):
+		if policy == pager.Recorded && log != nil {
+			log("nothing was recorded beside %s yet: pages come one by one; record with --record, or go by --prefetch locality too", i.path)
+		}
+		return nil, nil
 	case policy == pager.Recorded:
 		return nil, fmt.Errorf("%w: remove the file, or go by another policy", err)
 	case log != nil:
