@@ -163,3 +163,24 @@ func TestCancel(t *testing.T) {
 		t.Errorf("write: %v; %d bytes copied", err, f.Copied())
 	}
 }
+
+// A target that held something else holds the disk's zeroes too.
+func TestOverwrites(t *testing.T) {
+	sparse := disk(t, nil).(block.Resizer)
+	if err := sparse.Resize(size); err != nil {
+		t.Fatal(err)
+	}
+	for _, src := range []block.Node{disk(t, random(1)), sparse} {
+		target := disk(t, bytes.Repeat([]byte{7}, size))
+		f, err := backup.New(src, target, backup.Options{Overwrite: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := f.Copy(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(content(target), content(src)) {
+			t.Error("the copy is another")
+		}
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -272,4 +273,68 @@ func TestErrors(t *testing.T) {
 		t.Error(err)
 	}
 	top.SetBacking(base)
+}
+
+// intruder has somebody write to what the pass is just reading.
+type intruder struct {
+	block.Node
+	once sync.Once
+	at   func(off int64)
+}
+
+func (i *intruder) Readv(bufs [][]byte, off int64) error {
+	err := i.Node.Readv(bufs, off)
+	i.once.Do(func() { i.at(off) })
+	return err
+}
+
+// What is written between the reading of a cluster and the writing of it stays.
+func TestWritesWin(t *testing.T) {
+	path, model := chain(t, t.TempDir(), rand.New(rand.NewPCG(4, 4)), []int64{size, size})
+	top, err := qcow2.Open(path, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer top.Close()
+	f, err := stream.New(top, stream.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	backing := &intruder{Node: top.Backing()}
+	backing.at = func(off int64) {
+		off &^= 0xFFFF
+		p := bytes.Repeat([]byte{0xA5}, 0x10000)
+		copy(model[off:], p)
+		go func() {
+			defer close(ended)
+			if err := f.Writev([][]byte{p}, off); err != nil {
+				t.Error(err)
+			}
+		}()
+		for range 10000 { // it must wait for the pass: here is time for one that does not
+			select {
+			case <-ended:
+				return
+			default:
+				runtime.Gosched()
+			}
+		}
+	}
+	top.SetBacking(mapped{backing})
+	if err := f.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	<-ended
+	got := make([]byte, len(model))
+	if err := top.Readv([][]byte{got}, 0); err != nil || !bytes.Equal(got, model) {
+		t.Errorf("a write was lost, %v", err)
+	}
+}
+
+// mapped tells what the node behind an intruder holds.
+type mapped struct{ *intruder }
+
+func (m mapped) Map(off, n int64) (block.Extent, error) {
+	return m.Node.(block.Mapper).Map(off, n)
 }
