@@ -229,6 +229,8 @@ func TestBadUse(t *testing.T) {
 		{"DiskWithoutFile", boots("boot", "--disk", "readonly=on"), 2, []string{"--disk readonly=on", "file= is missing"}},
 		{"DiskKey", boots("boot", "--disk", "file=disk.img,colour=red"), 2, []string{"colour", "keys are file"}},
 		{"DiskFormat", boots("boot", "--disk", "file=disk.img,format=vmdk"), 2, []string{"format=vmdk", "raw, qcow2"}},
+		{"DiskCache", boots("boot", "--disk", "file=disk.img,cache=none"), 2, []string{"cache=none", "writeback, unsafe"}},
+		{"DiskPolicy", boots("boot", "--disk", "file=disk.img,rerror=enospc"), 2, []string{"rerror=enospc", "report, ignore, stop"}},
 		{"DiskSwitch", boots("boot", "--disk", "file=disk.img,readonly=yes"), 2, []string{"readonly=yes", "on and off"}},
 		{"DiskSerial", boots("boot", "--disk", "file=disk.img,serial="+strings.Repeat("x", 21)), 2, []string{"serial", "20 bytes"}},
 		{"DiskTwins", boots("boot", "--disk", "file=disk.img,id=a,readonly=on", "--disk", "file=text,id=a,readonly=on"), 2, []string{"two devices are named a"}},

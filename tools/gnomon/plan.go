@@ -96,7 +96,7 @@ func (p *plan) readMachine() (err error) {
 
 func (p *plan) readDisks() error {
 	for _, text := range p.flags.disks {
-		o, err := parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues", "owner", "changes")
+		o, err := parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues", "owner", "changes", "cache", "rerror", "werror")
 		if err != nil {
 			return err
 		}
@@ -130,12 +130,28 @@ func (p *plan) readDisks() error {
 		if err != nil {
 			return err
 		}
+		cache, err := o.oneOf("cache", "writeback", "writeback", "unsafe")
+		if err != nil {
+			return err
+		}
+		const report, ignore, stop, noSpace = string(vmm.OnErrorReport), string(vmm.OnErrorIgnore), string(vmm.OnErrorStop), string(vmm.OnErrorNoSpace)
+		readError, err := o.oneOf("rerror", report, report, ignore, stop)
+		if err != nil {
+			return err
+		}
+		writeError, err := o.oneOf("werror", report, report, ignore, stop, noSpace)
+		if err != nil {
+			return err
+		}
 		p.disks = append(p.disks, diskPlan{
 			path:    path,
-			options: disk.Options{Format: format, ReadOnly: readOnly},
+			options: disk.Options{Format: format, ReadOnly: readOnly, Unsafe: cache == "unsafe"},
 			owned:   owned,
 			tracked: tracked,
-			attach:  vmm.Disk{ID: o.values["id"], Serial: o.values["serial"], Queues: int(queues)},
+			attach: vmm.Disk{
+				ID: o.values["id"], Serial: o.values["serial"], Queues: int(queues),
+				ReadError: vmm.OnError(readError), WriteError: vmm.OnError(writeError),
+			},
 		})
 	}
 	return nil
