@@ -81,6 +81,13 @@ func placesOf(t testing.TB, path string) place {
 // TestDamageIsFoundAndRepaired: damage of every kind is found as QEMU finds it, and
 // a repaired image is clean for both.
 func TestDamageIsFoundAndRepaired(t *testing.T) {
+	dir := t.TempDir()
+	converted("compat=1.1")(t, dir)
+	want := expected(t, dir)
+	whole, err := os.ReadFile(filepath.Join(dir, "image.qcow2"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, tt := range []struct {
 		name   string
 		damage func(t *testing.T, path string, p place)
@@ -141,10 +148,8 @@ func TestDamageIsFoundAndRepaired(t *testing.T) {
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			dir := t.TempDir()
-			converted("compat=1.1")(t, dir)
-			path := filepath.Join(dir, "image.qcow2")
-			want := expected(t, dir)
+			path := filepath.Join(t.TempDir(), "image.qcow2")
+			writeFile(t, path, whole)
 			tt.damage(t, path, placesOf(t, path))
 			if !tt.alone {
 				agree(t, path)
