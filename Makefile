@@ -20,8 +20,7 @@ help: ## what can be made
 run: deps guest build ## boot the Linux kit: a shell at a terminal, a short tour without one
 	@if [ -t 0 ] && [ -t 1 ]; then go run ./tests/tour -shell; else go run ./tests/tour; fi
 
-test: deps guest build check unit ## everything that must hold before a change lands
-	@$(MAKE) --no-print-directory -j 2 --output-sync=line machines fuzz
+test: deps guest build check unit machines fuzz ## everything that must hold before a change lands
 	@echo "all tests passed"
 
 test-long: deps guest build ## slow tests too: Debian's own kernel
@@ -42,10 +41,11 @@ check: ## formatting, vet, staticcheck
 	go vet $(GO_PACKAGES)
 	go tool staticcheck $(GO_PACKAGES)
 
+# The longest first, so that none is left to run alone.
 unit: ## the tests of each package, with the race detector
-	CGO_ENABLED=1 go test -race -count=1 -p 2 $(TESTFLAGS) $$(go list ./... | grep -v '/tests$$')
+	CGO_ENABLED=1 go test -race -count=1 -p 2 $(TESTFLAGS) ./vmm/snapshot ./mm/checkpoint $$(go list ./... | grep -v '/tests$$')
 
-# Guests whose kernels are interpreted are slower side by side than one by one.
+# Guests whose kernels are interpreted are slower beside anything else.
 machines: build ## the tests of the command with whole guests, one by one
 	CGO_ENABLED=1 go test -race -count=1 $(TESTFLAGS) ./tests
 

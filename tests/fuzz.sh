@@ -1,7 +1,7 @@
 #!/bin/sh
-# Runs every fuzz target of the module, one by one: what takes a guest's, a
+# Runs every fuzz target of the module, two at a time: what takes a guest's, a
 # file's or a peer's own format for the given time (default 30s), the others for a
-# tenth of the seconds. A target that finds something fails the run and leaves its
+# twentieth of the seconds. A target that finds something fails the run and leaves its
 # input under the package's testdata/fuzz, to be committed with the mend.
 set -eu
 time=${1:-30s}
@@ -14,9 +14,9 @@ grep -rlE '^func Fuzz[A-Z]' --include='*_test.go' . | sort | while read -r file;
 	grep -hoE '^func Fuzz[A-Za-z0-9_]+' "$file" | sed 's/^func //' | while read -r target; do
 		case " $main " in
 		*" $target "*) for_seconds=$seconds ;;
-		*) for_seconds=$(((seconds + 9) / 10)) ;;
+		*) for_seconds=$(((seconds + 19) / 20)) ;;
 		esac
 		echo "$target" "$for_seconds" "$package"
 	done
 done | # Little of the time goes into making interesting inputs small.
-	xargs -L 1 sh -c 'go test -run "^$" -parallel 1 -fuzz "^$0\$" -fuzztime "$1s" -fuzzminimizetime 10x "$2"'
+	xargs -P 2 -L 1 sh -c 'go test -run "^$" -parallel 1 -fuzz "^$0\$" -fuzztime "$1s" -fuzzminimizetime 10x "$2"'

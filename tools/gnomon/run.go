@@ -101,7 +101,7 @@ func addRunFlags(cmd *cobra.Command, f *runFlags) {
 	flags.StringVar(&f.append, "append", "", "kernel command `line`")
 	flags.IntVar(&f.cpus, "cpus", 1, "`number` of vCPUs")
 	flags.StringVar(&f.memory, "memory", "128M", "`size` of RAM; MiB without a suffix")
-	flags.StringArrayVar(&f.disks, "disk", nil, "virtio `disk`: file=F[,format=raw|qcow2][,readonly=on][,id=ID][,serial=S][,queues=N][,owner=on][,changes=on][,cache=writeback|unsafe][,rerror=R][,werror=W]")
+	flags.StringArrayVar(&f.disks, "disk", nil, "virtio `disk`: file=F[,format=raw|qcow2][,readonly=on][,id=ID][,serial=S][,queues=N] and more (docs/cli.md)")
 	flags.StringArrayVar(&f.nets, "net", []string{"user"}, "virtio `network`: user[,forward=tcp:8080:80][,restrict=on]|tap=NAME|none; [,mac=M]")
 	flags.StringVar(&f.vsock, "vsock", "", "virtio `socket`: cid=N,path=P; the unix socket P leads to the guest, P_PORT is what it dials")
 	flags.StringVar(&f.serial, "serial", "stdio", "serial `port`: stdio|file:P[,append=on]|unix:P|null")
