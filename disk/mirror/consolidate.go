@@ -17,8 +17,8 @@ import (
 // them, in which the disk's user then goes on.
 //
 // At every instant the overlay on its chain is the disk: the pass writes to the
-// base only what is held before it too, and what is diverted there is what is not. So after a crash the disk is as it was
-// flushed, and consolidating begins anew. At the end an empty overlay takes the
+// base only what is held before it too, and what is diverted there is what is not.
+// So after a crash the disk is as it was flushed, and consolidating begins anew. At the end an empty overlay takes the
 // place of the old one, by a rename, before the disk's user can write on: the
 // overlay's name stays a name of this disk.
 type Consolidation struct {
@@ -79,28 +79,33 @@ func (c *Consolidation) begin(current block.Node, o Options) error {
 	return nil
 }
 
-// reopenBase opens the base anew, to be read only or to be written. When that
-// fails it is open as before.
 func (c *Consolidation) reopenBase(readOnly bool) (block.Node, error) {
-	info := c.above.Backing().Info()
-	was := c.above.Backing().ReadOnly()
+	return reopenBacking(c.above, readOnly)
+}
+
+// reopenBacking opens what an image lies on anew, to be read only or to be written.
+// When that fails it is open as before.
+func reopenBacking(above *qcow2.Node, readOnly bool) (block.Node, error) {
+	info := above.Backing().Info()
+	was := above.Backing().ReadOnly()
 	open := func(readOnly bool) (block.Node, error) {
 		return disk.Open(info.Filename, disk.Options{Format: info.Format, ReadOnly: readOnly})
 	}
 	// Its own lock would keep us from writing.
-	if err := c.above.SetBacking(nil).Close(); err != nil {
-		return nil, err
-	}
-	base, err := open(readOnly)
+	closed := above.SetBacking(nil).Close()
+	base, err := block.Node(nil), closed
 	if err == nil {
-		c.above.SetBacking(base)
+		base, err = open(readOnly)
+	}
+	if err == nil {
+		above.SetBacking(base)
 		return base, nil
 	}
 	old, again := open(was)
 	if again != nil {
-		old = block.Failed(c.overlay, again)
+		old = block.Failed(above, again)
 	}
-	c.above.SetBacking(old)
+	above.SetBacking(old)
 	return nil, errors.Join(err, again)
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/mirror"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
+	"github.com/gnomon-vmm/gnomon/disk/stream"
 )
 
 const (
@@ -220,6 +221,8 @@ func (d *model) act() {
 		d.commit()
 	case k < 98:
 		d.consolidate()
+		d.middle()
+		d.stream()
 	default:
 		d.rebase()
 	}
@@ -480,16 +483,9 @@ func (d *model) consolidate() {
 	if d.r.IntN(2) == 0 {
 		d.bitmap()
 	}
-	end := d.r.IntN(4)
-	d.did("consolidate %d images, %s", depth, [...]string{"give up", "crash", "finish", "finish"}[end])
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	c, err := mirror.Consolidate(d.root, mirror.Options{Depth: depth, Pause: func() error {
-		for range d.r.IntN(3) {
-			d.request()
-		}
-		return nil
-	}})
+	end := d.ending()
+	d.did("consolidate %d images, %s", depth, end)
+	c, err := mirror.Consolidate(d.root, mirror.Options{Depth: depth, Pause: d.pause(end != finish)})
 	if base.tail != nil && len(base.tail) < len(d.now) {
 		if err == nil {
 			d.fail("a disk of %d bytes is consolidated into %d", len(d.now), len(base.tail))
@@ -498,16 +494,16 @@ func (d *model) consolidate() {
 		return
 	}
 	d.must(err)
-	d.must(c.Run(ctx))
+	d.run(c.Run)
 	for range 5 {
 		d.request()
 	}
 	switch end {
-	case 0:
+	case giveUp:
 		d.must(c.Cancel())
 		d.uncover(depth)
 		d.checkBitmap()
-	case 1:
+	case crash:
 		d.crash()
 		d.uncover(depth)
 	default:
@@ -516,6 +512,124 @@ func (d *model) consolidate() {
 		d.drop(depth)
 	}
 	d.expect(d.read(0, int64(len(d.now))), 0)
+}
+
+// ending is how a job ends. Half of those that do not finish end in their pass.
+type ending string
+
+const (
+	giveUp ending = "give up"
+	crash  ending = "crash"
+	finish ending = "finish"
+)
+
+func (d *model) ending() ending {
+	return []ending{giveUp, crash, finish, finish}[d.r.IntN(4)]
+}
+
+// errGiveUp ends a pass before its end.
+var errGiveUp = errors.New("given up")
+
+// pause does things between a job's steps, and may end it.
+func (d *model) pause(mayEnd bool) func() error {
+	mayEnd = mayEnd && d.r.IntN(2) == 0
+	return func() error {
+		for range d.r.IntN(3) {
+			d.request()
+		}
+		if mayEnd && d.r.IntN(2) == 0 {
+			return errGiveUp
+		}
+		return nil
+	}
+}
+
+// run makes a job's pass, or a part of it.
+func (d *model) run(pass func(context.Context) error) {
+	d.t.Helper()
+	if err := pass(context.Background()); !errors.Is(err, errGiveUp) {
+		d.must(err)
+	}
+}
+
+// middle deletes images of which the disk's own is none, and none the last.
+func (d *model) middle() {
+	if len(d.chain) < 3 || d.r.IntN(2) == 0 {
+		return
+	}
+	top := 1 + d.r.IntN(len(d.chain)-2)
+	depth := top + 1 + d.r.IntN(len(d.chain)-top-1)
+	last := len(d.chain) - 1
+	above, base := &d.chain[last-top+1], &d.chain[last-depth]
+	if base.sealed || above.sealed {
+		return
+	}
+	end := d.ending()
+	d.did("delete images at depths %d to %d, %s", top, depth-1, end)
+	m, err := mirror.NewMiddle(d.root, mirror.MiddleOptions{
+		Options: mirror.Options{Depth: depth, Pause: d.pause(end != finish)}, Top: top, BackingFile: base.name,
+	})
+	d.must(err)
+	d.run(m.Run)
+	switch end {
+	case giveUp:
+		d.must(m.Cancel())
+	case crash:
+		d.crash()
+	default:
+		d.must(m.Finish())
+		for i := last - depth + 1; i <= last-top; i++ {
+			d.must(os.Remove(d.path(&d.chain[i])))
+		}
+		d.chain = slices.Delete(d.chain, last-depth+1, last-top+1)
+	}
+	d.uncover(len(d.chain) - 1)
+	d.expect(d.read(0, int64(len(d.now))), 0)
+	d.checkBitmap()
+}
+
+// stream has the disk's own image come to hold what images behind it hold, which go.
+func (d *model) stream() {
+	n := d.qcow2()
+	if len(d.chain) == 1 || n == nil || d.r.IntN(2) == 0 {
+		return
+	}
+	end := d.ending()
+	o := stream.Options{Pause: d.pause(end != finish)}
+	below := d.r.IntN(len(d.chain) - 1) // images that stay
+	if below > 0 {
+		o.Depth, o.BackingFile = len(d.chain)-below, d.chain[below-1].name
+	}
+	d.did("stream, %d images stay, %s", below, end)
+	f, err := stream.New(n, o)
+	if err != nil && n.Header().Version < 3 {
+		return // it cannot hold zeroes
+	}
+	d.must(err)
+	d.root.Swap(f)
+	d.run(f.Run)
+	switch end {
+	case giveUp:
+		d.root.Swap(n)
+		d.expect(d.read(0, int64(len(d.now))), 0)
+		return
+	case crash:
+		d.crash()
+		return
+	}
+	d.root.Drained(func(block.Node) block.Node {
+		gone, err := f.Finish()
+		d.must(err)
+		d.must(gone.Close())
+		return n
+	})
+	for i := below; i < len(d.chain)-1; i++ {
+		d.must(os.Remove(d.path(&d.chain[i])))
+	}
+	d.chain = slices.Delete(d.chain, below, len(d.chain)-1)
+	clear(d.pending)
+	d.expect(d.read(0, int64(len(d.now))), 0)
+	d.checkBitmap()
 }
 
 // uncover reads anew what the images below the disk hold: they are not the

@@ -2,31 +2,19 @@ package monitor
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
-	"github.com/gnomon-vmm/gnomon/disk/mirror"
 	"github.com/gnomon-vmm/gnomon/qmp"
 	"github.com/gnomon-vmm/gnomon/vmm"
 )
 
-type (
-	commitArguments struct {
-		jobArguments
-		Device   string  `qmp:"device"`
-		BaseNode *string `qmp:"base-node"`
-		Base     *string `qmp:"base"`
-		TopNode  *string `qmp:"top-node"`
-		Top      *string `qmp:"top"`
-	}
-	resizeArguments struct {
-		Device   *string `qmp:"device"`
-		NodeName *string `qmp:"node-name"`
-		Size     int64   `qmp:"size"`
-	}
-)
+type resizeArguments struct {
+	Device   *string `qmp:"device"`
+	NodeName *string `qmp:"node-name"`
+	Size     int64   `qmp:"size"`
+}
 
 func (mon *monitor) registerBlockOperations(reg *qmp.Registry) {
 	qmp.Register(reg, "block-commit", mon.blockCommit)
@@ -79,70 +67,6 @@ func (mon *monitor) chainDepth(d vmm.AttachedDisk, node, file *string) (int, err
 		return 0, qmp.Errorf("Cannot find device='' nor node-name='%s'", *node)
 	}
 	return 0, qmp.Errorf("Can't find '%s' in the backing chain", *file)
-}
-
-// blockCommit moves what a disk's newest images hold into the base: by default
-// the last of the chain, as in QEMU.
-func (mon *monitor) blockCommit(_ context.Context, s *qmp.Session, a commitArguments) (e qmp.Empty, err error) {
-	d, err := mon.findDisk(&a.Device, nil)
-	if err != nil {
-		return e, err
-	}
-	if a.TopNode != nil || a.Top != nil {
-		if depth, err := mon.chainDepth(d, a.TopNode, a.Top); err != nil || depth != 0 {
-			return e, errors.Join(err, qmp.Errorf("only the disk's newest image can be committed: leave out top"))
-		}
-	}
-	depth := 0
-	for i := d.Node.Info().Backing; i != nil; i = i.Backing {
-		depth++
-	}
-	if a.BaseNode != nil || a.Base != nil {
-		if depth, err = mon.chainDepth(d, a.BaseNode, a.Base); err != nil {
-			return e, err
-		}
-	}
-	if depth == 0 {
-		return e, qmp.Errorf("There is nothing to commit: the image has no backing file, or is the base itself")
-	}
-	w, err := mon.newBlockWork(s, jobCommit, d, a.options(), true)
-	if err != nil {
-		return e, err
-	}
-	names := mon.namedChain(d)
-	var c *mirror.Consolidation
-	w.prepare = func() (err error) {
-		c, err = mirror.Consolidate(d.Root, mirror.Options{Depth: depth, Progress: w.progress, Pause: w.pace})
-		mon.rename(d, names)
-		return err
-	}
-	w.abandon = func() {
-		_ = c.Cancel()
-		mon.rename(d, names)
-	}
-	w.work = func(ctx context.Context) error {
-		if err := c.Run(ctx); err != nil {
-			return err
-		}
-		complete, err := w.ready()
-		if err != nil {
-			return err
-		}
-		if !complete {
-			err = c.Cancel()
-			mon.rename(d, names)
-			return err
-		}
-		if err := c.Finish(); err != nil {
-			mon.rename(d, names)
-			return err
-		}
-		if depth < len(names) {
-			mon.rename(d, names[depth:])
-		}
-		return nil
-	}
-	return e, mon.transact(w.change())
 }
 
 // resize changes a disk's size; the guest is told.

@@ -3,6 +3,7 @@ package monitor
 import (
 	"context"
 	"errors"
+	"slices"
 	"syscall"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
@@ -111,25 +112,37 @@ func (mon *monitor) blockStream(s *qmp.Session, a streamArguments) (*change, err
 		if err != nil {
 			return err
 		}
-		mon.unlink(d, names, o.Depth)
+		mon.unlink(d, names, 1, o.Depth)
 		return mon.letGo(gone)
 	}
 	return w.change(), nil
 }
 
-// unlink notes on what a disk's newest image lies.
-func (mon *monitor) unlink(d vmm.AttachedDisk, names []*graphNode, depth int) {
-	mon.graph.mu.Lock()
-	defer mon.graph.mu.Unlock()
-	if depth > 1 && depth <= len(names) && names[depth-1] != nil {
-		names[depth-1].under = nil
+// unlink notes that the images of a disk's chain from depth top on have gone, and
+// those above them lie on the one at depth base, or, with 0, on none.
+func (mon *monitor) unlink(d vmm.AttachedDisk, names []*graphNode, top, base int) {
+	at := func(depth int) *graphNode {
+		if depth >= 0 && depth < len(names) {
+			return names[depth]
+		}
+		return nil
 	}
-	if len(names) > 0 && names[0] != nil {
-		names[0].under = nil
-		if depth > 0 && depth < len(names) {
-			names[0].under = names[depth]
+	mon.graph.mu.Lock()
+	if last := at(base - 1); base > top && last != nil {
+		last.under = nil
+	}
+	if above := at(top - 1); above != nil {
+		above.under = nil
+		if base > 0 {
+			above.under = at(base)
 		}
 	}
+	mon.graph.mu.Unlock()
+	stay := slices.Clone(names[:min(top, len(names))])
+	if base > 0 && base < len(names) {
+		stay = append(stay, names[base:]...)
+	}
+	mon.rename(d, stay)
 }
 
 // failed decides by the job's policy what becomes of a step that failed: with nil it
