@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/gnomon-vmm/gnomon/disk/aio"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 	"github.com/gnomon-vmm/gnomon/disk/raw"
@@ -31,16 +32,42 @@ type Options struct {
 	// not make the host open the backing file named there.
 	Format   string
 	ReadOnly bool
-	// Unsafe has flushes of this image do nothing, as QEMU's cache=unsafe does: for
-	// what can be made again if the host ends.
-	Unsafe bool
+	// Cache is what becomes of writes, and whether the host's page cache is used; "":
+	// CacheWriteback.
+	Cache Cache
+	// Engine is how requests that pass the page cache by get to the kernel.
+	Engine aio.Engine
+}
+
+// Cache is a cache mode in QEMU's words.
+type Cache string
+
+// Cache modes.
+const (
+	CacheWriteback    Cache = "writeback"    // by the page cache; durable when flushed
+	CacheNone         Cache = "none"         // past it; durable when flushed
+	CacheWriteThrough Cache = "writethrough" // by it; durable when written
+	CacheDirectSync   Cache = "directsync"   // past it; durable when written
+	// CacheUnsafe has flushes do nothing: for what can be made again if the host ends.
+	CacheUnsafe Cache = "unsafe"
+)
+
+// Direct tells that the page cache is passed by.
+func (c Cache) Direct() bool { return c == CacheNone || c == CacheDirectSync }
+
+// raw are the options of the image's files.
+func (o *Options) raw() raw.Options {
+	return raw.Options{
+		Direct: o.Cache.Direct(), Engine: o.Engine,
+		WriteThrough: o.Cache == CacheWriteThrough || o.Cache == CacheDirectSync,
+	}
 }
 
 // Open opens the image at path. Errors wrap block.ErrInUse where another
 // machine has it.
 func Open(path string, o Options) (block.Node, error) {
 	n, err := open(path, o)
-	if err == nil && o.Unsafe {
+	if err == nil && o.Cache == CacheUnsafe {
 		n.(interface{ IgnoreFlushes() }).IgnoreFlushes()
 	}
 	return n, err
@@ -49,20 +76,20 @@ func Open(path string, o Options) (block.Node, error) {
 func open(path string, o Options) (block.Node, error) {
 	switch o.Format {
 	case FormatRaw:
-		return node(raw.Open(path, o.ReadOnly))
+		return node(raw.OpenWith(path, o.ReadOnly, o.raw()))
 	case FormatQcow2:
-		return node(qcow2.Open(path, o.ReadOnly))
+		return node(qcow2.OpenWith(path, o.ReadOnly, o.raw()))
 	case "":
 	default:
 		return nil, fmt.Errorf("%w: %q: raw and qcow2 are possible", ErrFormat, o.Format)
 	}
 	if strings.HasSuffix(path, ".qcow2") {
-		return node(qcow2.Open(path, o.ReadOnly))
+		return node(qcow2.OpenWith(path, o.ReadOnly, o.raw()))
 	}
 	if looksLikeQcow2(path) {
 		return nil, fmt.Errorf("%w: %s starts with a qcow2 header: say format=qcow2, or format=raw if the guest wrote that itself", ErrFormat, path)
 	}
-	return node(raw.Open(path, o.ReadOnly))
+	return node(raw.OpenWith(path, o.ReadOnly, o.raw()))
 }
 
 // node makes a failed open a nil Node, not an interface that holds a nil pointer.

@@ -30,13 +30,17 @@ type chain struct {
 	openFile func(path string, readOnly bool) (block.Node, fs.FileInfo, error)
 }
 
-func newChain() *chain {
-	return &chain{tables: newCache(tableCacheBytes), clusters: newCache(clusterCacheBytes), openFile: openFile}
+func newChain() *chain { return newChainWith(raw.Options{}) }
+
+// newChainWith is newChain for files that are opened with options.
+func newChainWith(o raw.Options) *chain {
+	open := func(path string, readOnly bool) (block.Node, fs.FileInfo, error) { return openFile(path, readOnly, o) }
+	return &chain{tables: newCache(tableCacheBytes), clusters: newCache(clusterCacheBytes), openFile: open}
 }
 
 // openFile opens an image's file, and locks it.
-func openFile(path string, readOnly bool) (block.Node, fs.FileInfo, error) {
-	file, err := raw.Open(path, readOnly)
+func openFile(path string, readOnly bool, o raw.Options) (block.Node, fs.FileInfo, error) {
+	file, err := raw.OpenWith(path, readOnly, o)
 	if err != nil {
 		return nil, nil, err
 	}

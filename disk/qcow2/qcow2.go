@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/disk/raw"
 )
 
 // Errors of opening and reading, wrapped with what they concern.
@@ -57,7 +58,14 @@ var _ block.Node = (*Node)(nil)
 // see Header. To be written it must not be corrupt; one that was not closed is
 // repaired.
 func Open(path string, readOnly bool) (*Node, error) {
-	c := newChain()
+	return OpenWith(path, readOnly, raw.Options{})
+}
+
+// OpenWith is Open for files that are read and written with options.
+func OpenWith(path string, readOnly bool, o raw.Options) (*Node, error) {
+	through := o.WriteThrough
+	o.WriteThrough = false // of each of the file's writes; the image's need more than that
+	c := newChainWith(o)
 	if readOnly {
 		file, err := c.open(path, true)
 		if err != nil {
@@ -73,6 +81,7 @@ func Open(path string, readOnly bool) (*Node, error) {
 		n.abandon()
 		return nil, err
 	}
+	n.w.through = through
 	return n, nil
 }
 

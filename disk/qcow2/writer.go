@@ -50,6 +50,7 @@ type writer struct {
 	floor   int64          // clusters below are not known to be free, whatever is counted; guarded by mu
 	broken  error          // the image is marked as corrupt; guarded by mu
 	closed  bool
+	through bool // each change is durable when it ends
 
 	// Requests that use places of clusters are counted by the epoch in which they
 	// looked them up, so that clusters are not used for something else meanwhile.
@@ -415,8 +416,12 @@ func (n *Node) checkWrite(off, length int64) error {
 	return nil
 }
 
-// bound flushes when much waits for it.
+// bound flushes when much waits for it, and always if changes are to be durable at
+// once.
 func (n *Node) bound() error {
+	if n.w.through {
+		return n.Flush()
+	}
 	n.w.mu.Lock()
 	much := n.w.l2.dirty > n.w.l2.limit/2 || len(n.w.freed) > maxFreed
 	n.w.mu.Unlock()

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gnomon-vmm/gnomon/disk/aio"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
 
@@ -30,36 +31,73 @@ type Node struct {
 	fd       int
 	size     atomic.Int64 // virtual: a multiple of sector
 	readOnly bool
-	frozen   bool  // it was written before it became readOnly
-	unsafe   bool  // nothing is flushed
-	granule  int64 // bytes that space is given back by: a device's logical block, 1 for files
+	frozen   bool      // it was written before it became readOnly
+	unsafe   bool      // nothing is flushed
+	through  bool      // each write is flushed
+	io       *aio.File // or nil: preadv and pwritev by way of the page cache
+	granule  int64     // bytes that space is given back by: a device's logical block, 1 for files
 	closing  sync.Once
 }
 
 var _ block.Node = (*Node)(nil)
 
-// Open opens the image at path and locks it as QEMU does, so that neither
-// QEMU nor another Gnomon machine writes to it meanwhile.
+// Options say how an image is read and written.
+type Options struct {
+	// Direct passes the host's page cache by (O_DIRECT).
+	Direct bool
+	// Engine is how direct requests, and with aio.IOUring all, get to the kernel.
+	Engine aio.Engine
+	// WriteThrough makes each write durable before it ends.
+	WriteThrough bool
+}
+
+// Open opens the image at path by way of the page cache and locks it as QEMU does,
+// so that neither QEMU nor another Gnomon machine writes to it meanwhile.
 func Open(path string, readOnly bool) (*Node, error) {
+	return OpenWith(path, readOnly, Options{})
+}
+
+// OpenWith is Open with options. Errors wrap aio.ErrDirect where the host's file
+// system has no direct I/O, and aio.ErrRing where there is no io_uring.
+func OpenWith(path string, readOnly bool, o Options) (*Node, error) {
 	flags := os.O_RDWR
 	if readOnly {
 		flags = os.O_RDONLY
 	}
 	// Not to wait for the other end of a FIFO, which init refuses.
-	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, explain(path, readOnly, err)
+	flags |= unix.O_NONBLOCK
+	if o.Direct {
+		flags |= unix.O_DIRECT
 	}
-	n := &Node{file: f, fd: int(f.Fd()), readOnly: readOnly, granule: 1}
-	if err := n.init(); err != nil {
+	f, err := os.OpenFile(path, flags, 0)
+	if err != nil {
+		return nil, explain(path, readOnly, o.Direct, err)
+	}
+	n := &Node{file: f, fd: int(f.Fd()), readOnly: readOnly, through: o.WriteThrough, granule: 1}
+	if err = n.init(); err == nil && (o.Direct || o.Engine == aio.IOUring) {
+		err = n.bypass(o)
+	}
+	if err != nil {
 		f.Close()
 		return nil, fmt.Errorf("disk %s: %w", path, err)
 	}
 	return n, nil
 }
 
-func explain(path string, readOnly bool, err error) error {
+// bypass has requests be made in another way than by preadv and pwritev.
+func (n *Node) bypass(o Options) (err error) {
+	// An io_uring would not wait for what a file that is O_NONBLOCK has to wait for.
+	if err := syscall.SetNonblock(n.fd, false); err != nil {
+		return err
+	}
+	n.io, err = aio.New(n.fd, aio.Options{Engine: o.Engine, Direct: o.Direct})
+	return err
+}
+
+func explain(path string, readOnly, direct bool, err error) error {
 	switch {
+	case direct && errors.Is(err, unix.EINVAL):
+		return fmt.Errorf("disk %s: %w: its file system has none: use cache=writeback, or another file system: %w", path, aio.ErrDirect, err)
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("disk %s does not exist: check the path, or create it (truncate -s 1G %s): %w", path, path, fs.ErrNotExist)
 	case errors.Is(err, fs.ErrPermission) && !readOnly:
@@ -113,6 +151,11 @@ func (n *Node) Readv(bufs [][]byte, off int64) error {
 	if err := n.check(off, total(bufs)); err != nil {
 		return err
 	}
+	if n.io != nil {
+		done, err := n.io.Readv(bufs, off)
+		behind(bufs, done).clear()
+		return err
+	}
 	rest, err := transfer(preadv, n.fd, bufs, off)
 	rest.clear() // behind the file's end, within the last sector
 	return err
@@ -126,6 +169,13 @@ func (n *Node) Writev(bufs [][]byte, off int64) error {
 	if err := n.check(off, total(bufs)); err != nil {
 		return err
 	}
+	return n.after(n.write(bufs, off))
+}
+
+func (n *Node) write(bufs [][]byte, off int64) error {
+	if n.io != nil {
+		return n.io.Writev(bufs, off, n.size.Load())
+	}
 	rest, err := transfer(pwritev, n.fd, bufs, off)
 	if err == nil && len(rest.bufs) > 0 {
 		return io.ErrShortWrite
@@ -138,6 +188,15 @@ func (n *Node) Writev(bufs [][]byte, off int64) error {
 type remainder struct {
 	bufs [][]byte
 	skip int
+}
+
+// behind is what is left of bufs behind the first done bytes.
+func behind(bufs [][]byte, done int64) remainder {
+	for len(bufs) > 0 && done >= int64(len(bufs[0])) {
+		done -= int64(len(bufs[0]))
+		bufs = bufs[1:]
+	}
+	return remainder{bufs, int(done)}
 }
 
 func (r remainder) clear() {
@@ -200,7 +259,15 @@ func (n *Node) Discard(off, length int64) error {
 	if unsupported(err) {
 		return nil // a hint that this host cannot take
 	}
-	return err
+	return n.after(err)
+}
+
+// after ends a change that had err.
+func (n *Node) after(err error) error {
+	if err != nil || !n.through {
+		return err
+	}
+	return n.Flush()
 }
 
 // WriteZeroes implements block.Node.
@@ -223,7 +290,7 @@ func (n *Node) WriteZeroes(off, length int64, unmap bool) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(n.zero(off, first-off), n.zero(end, off+length-end))
+	return n.after(errors.Join(n.zero(off, first-off), n.zero(end, off+length-end)))
 }
 
 // granules returns the first and the end of the whole granules among length
@@ -253,7 +320,13 @@ func (n *Node) checkWrite(off, length int64) error {
 }
 
 func (n *Node) fallocate(mode uint32, off, length int64) error {
-	return ignoringEINTR(func() error { return unix.Fallocate(n.fd, mode, off, length) })
+	change := func() error {
+		return ignoringEINTR(func() error { return unix.Fallocate(n.fd, mode, off, length) })
+	}
+	if n.io != nil {
+		return n.io.Change(off, length, change)
+	}
+	return change()
 }
 
 func unsupported(err error) bool {
@@ -352,6 +425,12 @@ func (n *Node) Info() block.Info {
 // Close implements block.Node.
 func (n *Node) Close() error {
 	var err error
-	n.closing.Do(func() { err = errors.Join(n.Flush(), n.file.Close()) })
+	n.closing.Do(func() {
+		err = n.Flush()
+		if n.io != nil {
+			err = errors.Join(err, n.io.Close())
+		}
+		err = errors.Join(err, n.file.Close())
+	})
 	return err
 }

@@ -298,13 +298,14 @@ what qemu-img does unless told otherwise, that is left to the host and takes les
 	format := addFormatFlag(cmd, "format", "f", "`format` of the source: raw|qcow2 (default: what the name says)")
 	target := addFormatFlag(cmd, "target-format", "O", "`format` of the target: raw|qcow2 (default: what the name says)")
 	compressed := cmd.Flags().BoolP("compressed", "c", false, "compress what can be made smaller; qcow2 only")
-	cache := cmd.Flags().StringP("cache", "t", "writeback", "`cache` mode of the target: writeback|unsafe")
+	cache := addCacheFlag(cmd, "cache", "t", "`cache` mode of the target")
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
 		targetFormat := formatOf(*target, args[1])
-		switch {
-		case *cache != "writeback" && *cache != "unsafe":
-			return usageError(fmt.Errorf("--cache %q: writeback and unsafe are possible", *cache))
-		case *compressed && targetFormat == disk.FormatRaw:
+		options, err := diskOptions(disk.Options{Format: targetFormat}, *cache, "")
+		if err != nil {
+			return err
+		}
+		if *compressed && targetFormat == disk.FormatRaw {
 			return usageError(errors.New("--compressed: raw images cannot be compressed: use -O qcow2"))
 		}
 		src, err := openImage(cmd.Context(), args[0], *format)
@@ -320,7 +321,7 @@ what qemu-img does unless told otherwise, that is left to the host and takes les
 				os.Remove(args[1])
 			}
 		}()
-		dst, err := disk.Open(args[1], disk.Options{Format: targetFormat, Unsafe: *cache == "unsafe"})
+		dst, err := disk.Open(args[1], options)
 		if err != nil {
 			return err
 		}

@@ -26,9 +26,15 @@ write it without --read-only: on an address that others reach, use --tls-creds.`
 	listen := flags.String("listen", "localhost:10809", "`address`: unix:PATH or HOST:PORT")
 	name := flags.String("export-name", "", "`name` by which clients ask for the disk")
 	readOnly := flags.Bool("read-only", false, "do not let clients write")
+	cache := addCacheFlag(cmd, "cache", "", "`cache` mode")
+	engine := addAIOFlag(cmd)
 	creds := flags.String("tls-creds", "", "`directory` with server-cert.pem, server-key.pem and, to verify clients, ca-cert.pem, as for QEMU")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		n, err := disk.Open(args[0], disk.Options{Format: *format, ReadOnly: *readOnly})
+		options, err := diskOptions(disk.Options{Format: *format, ReadOnly: *readOnly}, *cache, *engine)
+		if err != nil {
+			return err
+		}
+		n, err := disk.Open(args[0], options)
 		if err != nil {
 			return err
 		}

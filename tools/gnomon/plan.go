@@ -96,7 +96,7 @@ func (p *plan) readMachine() (err error) {
 
 func (p *plan) readDisks() error {
 	for _, text := range p.flags.disks {
-		o, err := parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues", "owner", "changes", "cache", "rerror", "werror")
+		o, err := parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues", "owner", "changes", "cache", "aio", "rerror", "werror")
 		if err != nil {
 			return err
 		}
@@ -130,7 +130,7 @@ func (p *plan) readDisks() error {
 		if err != nil {
 			return err
 		}
-		cache, err := o.oneOf("cache", "writeback", "writeback", "unsafe")
+		cache, engine, err := o.cacheAndEngine()
 		if err != nil {
 			return err
 		}
@@ -145,7 +145,7 @@ func (p *plan) readDisks() error {
 		}
 		p.disks = append(p.disks, diskPlan{
 			path:    path,
-			options: disk.Options{Format: format, ReadOnly: readOnly, Unsafe: cache == "unsafe"},
+			options: disk.Options{Format: format, ReadOnly: readOnly, Cache: cache, Engine: engine},
 			owned:   owned,
 			tracked: tracked,
 			attach: vmm.Disk{
