@@ -95,7 +95,7 @@ func TestModel(t *testing.T) {
 		f := newFile(t, size, o)
 		rng := rand.New(rand.NewPCG(1, 2))
 		fill := rand.NewChaCha8([32]byte{9})
-		for i := range 600 {
+		for i := range 250 {
 			off, n := rng.Int64N(size), 1+rng.Int64N(20000)
 			if rng.IntN(20) == 0 {
 				n = 1 + rng.Int64N(5<<19) // several times what goes through aligned memory
@@ -146,7 +146,7 @@ func TestModel(t *testing.T) {
 // blocks.
 func TestNeighbours(t *testing.T) {
 	each(t, func(t *testing.T, o Options) {
-		const size, writers, rounds = 64 << 10, 16, 40
+		const size, writers, rounds = 64 << 10, 16, 20
 		f := newFile(t, size, o)
 		// Writer i owns the bytes i, i+writers, ... in runs of 100.
 		const run = 100
