@@ -62,7 +62,7 @@ func TestBlockJobs(t *testing.T) {
 			at := func(name string) string { return filepath.Join(dir, name) }
 			img := at("disk." + format)
 			qemuImg(ctx, t, "create", "-q", "-f", format, img, "32M")
-			const words = "blk op=randwrite bs=4k qd=4 count=400000 seed=5 order=1; blk op=randread bs=4k qd=4 count=16384 seed=5 order=1 verify=1"
+			const words = "blk op=randwrite bs=4k qd=4 count=400000 seed=5 order=1; wait for=test; blk op=randread bs=4k qd=4 count=16384 seed=5 order=1 verify=1"
 			p, serial := launch(t, "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file="+img)
 			p.connect(ctx, t)
 			j := blockJob{p, p.qmp.Subscribe(ctx)}

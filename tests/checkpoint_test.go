@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -14,12 +15,12 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 	"github.com/gnomon-vmm/gnomon/mm/checkpoint"
-	"github.com/gnomon-vmm/gnomon/tests/guest"
 	"github.com/gnomon-vmm/gnomon/tests/guest/probe"
 )
 
@@ -137,79 +138,6 @@ func readUntil(r io.Reader, text string) string {
 		}
 	}
 	return said.String()
-}
-
-// Linux with two vCPUs, restored after its process was killed, is the machine it
-// was; and a program in it that reads its heap meets few faults.
-func TestRestoredLinux(t *testing.T) {
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
-	size := int64(64 << 20)
-	if interpreted(t) {
-		size = 16 << 20
-	}
-	file := filepath.Join(t.TempDir(), "linux")
-	p, agent := bootLinux(ctx, t, "--cpus", "2", "--memory", "256M")
-	sum, err := agent.Fill(ctx, "heap", 11, size)
-	if err != nil {
-		t.Fatal(err)
-	}
-	before, err := agent.Clocks(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	command(ctx, t, "checkpoint", p.name, "--to", file)
-	if err := p.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	<-p.stopped
-
-	restore := func(prefetch string) restoreFigures {
-		t.Helper()
-		next, rw := launchCommand(t, "restore", file, "--prefetch", prefetch, "--no-background", "--record")
-		agent := guest.NewAgent(rw, &next.log)
-		got, err := agent.Verify(ctx, "heap")
-		if err != nil || got != sum {
-			t.Fatalf("%s: the heap is %+v, want %+v: %v", prefetch, got, sum, err)
-		}
-		after, err := agent.Clocks(ctx)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if after.Monotonic < before.Monotonic || after.Boottime < before.Boottime || after.Realtime < before.Realtime {
-			t.Errorf("%s: clocks went from %+v to %+v", prefetch, before, after)
-		}
-		next.connect(ctx, t)
-		var f restoreFigures
-		next.do(ctx, t, "__org.gnomon_query-restore", nil, &f)
-		metric := fmt.Sprintf("gnomon_restore_guest_faults{machine=%q} ", next.name)
-		var faults int64 // there may be more by now
-		out := command(ctx, t, "stats", next.name, "--output", "prometheus")
-		if _, rest, ok := strings.Cut(out, metric); !ok {
-			t.Errorf("%q is not among\n%s", metric, out)
-		} else if _, err := fmt.Sscan(rest, &faults); err != nil || faults < f.GuestFaults {
-			t.Errorf("%d guest faults, then %d: %v", f.GuestFaults, faults, err)
-		}
-		t.Logf("%s: %+v", prefetch, f)
-		if err := agent.PowerOff(ctx); err != nil {
-			t.Fatal(err)
-		}
-		if status := next.status(ctx, t); status != 0 {
-			t.Errorf("%s: status %d", prefetch, status)
-		}
-		return f
-	}
-	none, locality := restore("none"), restore("locality")
-	recorded := restore("locality,recorded")
-	if locality.GuestFaults*20 > none.GuestFaults {
-		t.Errorf("%d faults by locality, more than 5 %% of %d without", locality.GuestFaults, none.GuestFaults)
-	}
-	if recorded.GuestFaults*100 > none.GuestFaults {
-		t.Errorf("%d faults with a recorded run, more than 1 %% of %d without", recorded.GuestFaults, none.GuestFaults)
-	}
-	if locality.CopyCalls*4 > locality.DemandPages+locality.AheadPages {
-		t.Errorf("%d calls installed %d pages: fewer than 4 a call", locality.CopyCalls, locality.DemandPages+locality.AheadPages)
-	}
 }
 
 // A machine's process that is killed at any point of saving leaves the earlier
@@ -346,7 +274,7 @@ func TestCheckpointKeepsDisks(t *testing.T) {
 			dir := t.TempDir()
 			img, file := filepath.Join(dir, "disk."+format), filepath.Join(dir, "checkpoint")
 			qemuImg(ctx, t, "create", "-q", "-f", format, img, "8M")
-			const words = "blk op=randwrite bs=4k qd=4 count=300000 seed=5 order=1; blk op=randread bs=4k qd=4 count=4096 seed=5 order=1 verify=1"
+			const words = "blk op=randwrite bs=4k qd=4 count=300000 seed=5 order=1; wait for=test; blk op=randread bs=4k qd=4 count=4096 seed=5 order=1 verify=1"
 			p, serial := launch(t, "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file="+img)
 			p.connect(ctx, t)
 			parent := ""
@@ -396,14 +324,31 @@ func TestCheckpointKeepsDisks(t *testing.T) {
 	}
 }
 
-// verified waits for a guest's end; it must have found what it wrote.
-func verified(t *testing.T, serial io.Reader) {
+// verified lets a guest that waits for the test go on, and waits for its end; it
+// must have found what it wrote.
+func verified(t *testing.T, serial io.ReadWriter) {
 	t.Helper()
-	text, err := io.ReadAll(serial)
-	if err != nil {
-		t.Fatal(err)
+	goOn := func() {
+		// One that has ended reads no more.
+		if _, err := io.WriteString(serial, "\n"); err != nil && !errors.Is(err, syscall.EPIPE) {
+			t.Fatal(err)
+		}
 	}
-	results := probe.Parse(string(text))
+	goOn() // it may wait already, and have said so to another process
+	var text strings.Builder
+	for lines := bufio.NewReader(serial); ; {
+		line, err := lines.ReadString('\n')
+		text.WriteString(line)
+		if strings.HasPrefix(line, "probe: wait") {
+			goOn()
+		}
+		if err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	results := probe.Parse(text.String())
 	checks := 0
 	for _, l := range results.Lines {
 		if bad, ok := l.Values["bad"]; ok {
@@ -414,7 +359,7 @@ func verified(t *testing.T, serial io.Reader) {
 		}
 	}
 	if err := results.Err(); err != nil || checks == 0 || t.Failed() {
-		t.Errorf("%v: the guest says:\n%s", err, text)
+		t.Errorf("%v: the guest says:\n%s", err, &text)
 	}
 }
 
@@ -448,7 +393,7 @@ func TestSnapshotJobs(t *testing.T) {
 	dir := t.TempDir()
 	img := filepath.Join(dir, "disk.qcow2")
 	qemuImg(ctx, t, "create", "-q", "-f", "qcow2", img, "8M")
-	const words = "fill size=16M; blk op=randwrite bs=4k qd=4 count=300000 seed=5 order=1; verify; blk op=randread bs=4k qd=4 count=4096 seed=5 order=1 verify=1"
+	const words = "fill size=16M; blk op=randwrite bs=4k qd=4 count=300000 seed=5 order=1; verify; wait for=test; blk op=randread bs=4k qd=4 count=4096 seed=5 order=1 verify=1"
 	p, serial := launch(t, "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--cpus", "2", "--disk", "file="+img)
 	p.connect(ctx, t)
 	var nodes []struct {
