@@ -17,6 +17,13 @@ func mix(x uint64) uint64 {
 	return x ^ x>>31
 }
 
+// Random is the guest's next random number, as blk takes its places from them: state
+// begins as order=.
+func Random(state *uint64) uint64 {
+	*state += step
+	return mix(*state)
+}
+
 // Pattern fills p, whose length is a multiple of 8, with what the guest writes
 // from offset on.
 func Pattern(p []byte, seed, offset uint64) {

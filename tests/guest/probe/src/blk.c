@@ -169,7 +169,8 @@ static u64 latency_percentile(u64 percent, u64 all)
 /*
  * transfer keeps qd requests of bs bytes in flight until count of them are
  * done, or ms have passed, rounds times. Writes carry the pattern of seed at their place on
- * the disk; reads are compared with it if verify=1.
+ * the disk; reads are compared with it if verify=1. With flush=1 a round ends with a flush, and
+ * each has the next seed.
  */
 static void transfer(const struct work *w, const char *op)
 {
@@ -182,7 +183,7 @@ static void transfer(const struct work *w, const char *op)
 	u64 ms = number(w, "ms", 0);
 	u64 count = number(w, "count", ms ? ~0ull : number(w, "total", 16 * MIB) / bs);
 	u64 seed = number(w, "seed", 1), random = number(w, "order", 1);
-	bool pattern = !same(word(w, "data", "pattern"), "same");
+	bool pattern = !same(word(w, "data", "pattern"), "same"), flush = number(w, "flush", 0);
 	if (!bs || bs % SECTOR || span < bs || off > capacity || span > capacity - off || !qd || qd > q.ids || qd > MAX_QD)
 		return fail("blk", "parameters");
 	if (qd > count)
@@ -247,9 +248,19 @@ static void transfer(const struct work *w, const char *op)
 			if (wait_over(&wait, PATIENCE_MS))
 				return fail("blk", "timeout");
 		}
+		if (flush) {
+			failed += one(BLK_FLUSH, 0, NULL, 0) != 0;
+			seed++;
+		}
 		u64 cycles = rdtsc() - start;
 		line("blk");
 		kvs("op", op);
+		if (flush) { /* a short line: there are many */
+			kv("round", round);
+			kv("failed", failed);
+			end();
+			continue;
+		}
 		kv("bs", bs);
 		kv("qd", qd);
 		kv("ios", done);
