@@ -15,10 +15,13 @@ import (
 // ErrConvert is the stage of copying a disk.
 var ErrConvert = errors.New("convert disk")
 
-// chunk is what is read and written at once; what is zero in it is left out by
-// granules.
 const (
-	chunk   = 2 << 20
+	// chunk is what one worker takes at a time.
+	chunk = 2 << 20
+	// piece is what is read and written at once, by way of the page cache: what was read
+	// is still in the processor's cache when it is written.
+	piece = 256 << 10
+	// granule is by which zeroes are left out.
 	granule = 64 << 10
 )
 
@@ -29,6 +32,9 @@ type Options struct {
 	TargetIsZero bool
 	// Workers copy side by side; as many as there are processors, up to 8, if 0.
 	Workers int
+	// Direct tells that the target is written past the page cache: larger parts at
+	// once then.
+	Direct bool
 	// Write, where not nil, takes the place of the target's Writev: of a target
 	// that is to be written in another way, compressed for example. It gets whole
 	// granules but for the disk's end.
@@ -45,7 +51,10 @@ func Copy(ctx context.Context, dst, src block.Node, o Options) error {
 	if o.Write == nil {
 		o.Write = func(data []byte, off int64) error { return dst.Writev([][]byte{data}, off) }
 	}
-	c := &copier{dst: dst, src: src, o: o}
+	c := &copier{dst: dst, src: src, o: o, piece: chunk}
+	if cluster := dst.Info().ClusterSize; !o.Direct && cluster <= piece {
+		c.piece = piece
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var workers sync.WaitGroup
@@ -70,13 +79,14 @@ func Copy(ctx context.Context, dst, src block.Node, o Options) error {
 type copier struct {
 	dst, src block.Node
 	o        Options
+	piece    int64        // bytes that are read and written at once
 	next     atomic.Int64 // where the next chunk begins
 	done     atomic.Int64
 	progress sync.Mutex
 }
 
 func (c *copier) work(ctx context.Context) error {
-	buf := make([]byte, chunk)
+	buf := make([]byte, c.piece)
 	for {
 		off := c.next.Add(chunk) - chunk
 		if off >= c.src.Size() {
@@ -86,7 +96,7 @@ func (c *copier) work(ctx context.Context) error {
 			return nil // its cause is known
 		}
 		n := min(chunk, c.src.Size()-off)
-		if err := c.chunk(buf[:n], off); err != nil {
+		if err := c.chunk(buf, off, n); err != nil {
 			return fmt.Errorf("at %d: %w", off, err)
 		}
 		if c.o.Progress != nil {
@@ -97,10 +107,10 @@ func (c *copier) work(ctx context.Context) error {
 	}
 }
 
-// chunk copies one, by what the source knows of its zeroes.
-func (c *copier) chunk(buf []byte, off int64) error {
-	for len(buf) > 0 {
-		n, zero := int64(len(buf)), false
+// chunk copies length bytes from off on, by what the source knows of its zeroes.
+func (c *copier) chunk(buf []byte, off, length int64) error {
+	for length > 0 {
+		n, zero := length, false
 		if m, ok := c.src.(block.Mapper); ok {
 			e, err := m.Map(off, n)
 			if err != nil {
@@ -109,15 +119,22 @@ func (c *copier) chunk(buf []byte, off int64) error {
 			n, zero = e.Length, e.Zero
 			if !zero {
 				// A run of data and small holes is read at once.
-				if n, err = dataRun(m, off, n, int64(len(buf))); err != nil {
+				if n, err = dataRun(m, off, n, min(length, c.piece)); err != nil {
 					return err
 				}
 			}
 		}
-		if err := c.part(buf[:n], off, zero); err != nil {
+		var err error
+		if zero {
+			err = c.zero(off, n)
+		} else {
+			n = min(n, c.piece)
+			err = c.data(buf[:n], off)
+		}
+		if err != nil {
 			return err
 		}
-		buf, off = buf[n:], off+n
+		off, length = off+n, length-n
 	}
 	return nil
 }
@@ -138,10 +155,8 @@ func dataRun(m block.Mapper, off, n, limit int64) (int64, error) {
 	return n, nil
 }
 
-func (c *copier) part(buf []byte, off int64, zero bool) error {
-	if zero {
-		return c.zero(off, int64(len(buf)))
-	}
+// data copies what fits into buf, but for what is zero in it.
+func (c *copier) data(buf []byte, off int64) error {
 	if err := c.src.Readv([][]byte{buf}, off); err != nil {
 		return err
 	}

@@ -325,7 +325,7 @@ what qemu-img does unless told otherwise, that is left to the host and takes les
 		if err != nil {
 			return err
 		}
-		o := convert.Options{TargetIsZero: true}
+		o := convert.Options{TargetIsZero: true, Direct: options.Cache.Direct()}
 		if *compressed {
 			image := dst.(*qcow2.Node)
 			o.Write = image.WriteCompressed
