@@ -27,6 +27,7 @@ test-long: deps guest build ## slow tests too: Debian's own kernel
 	$(MAKE) -C tests/guest cloud
 	go test -timeout 60m -tags long -count=1 ./tests/...
 
+bench: PACKAGES += fio
 bench: deps guest build ## figures beside QEMU's, and bench.json
 	go run ./tests/bench -o bench.json
 
