@@ -126,7 +126,7 @@ func TestDisksOfMachines(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const words = "blk op=randwrite bs=4k qd=4 count=200000 seed=5 order=1; wait for=test; blk op=randread bs=4k qd=4 count=8192 seed=5 order=1 verify=1"
+	const words = "blk op=randwrite bs=4k qd=4 count=50000 seed=5 order=1; wait for=test; blk op=randread bs=4k qd=4 count=8192 seed=5 order=1 verify=1"
 	for _, vmm := range []string{"gnomon", "QEMU"} {
 		t.Run(vmm, func(t *testing.T) {
 			dir := t.TempDir()

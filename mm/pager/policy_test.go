@@ -74,10 +74,10 @@ func (s *figures) wantUnused(t *testing.T, percent int) {
 	}
 }
 
-// TestWalkFaults: a guest walks 256 MiB by virtual addresses; physically the
+// TestWalkFaults: a guest walks 64 MiB by virtual addresses; physically the
 // pages lie anywhere.
 func TestWalkFaults(t *testing.T) {
-	const pages = 256 << 20 / pageSize
+	const pages = 64 << 20 / pageSize
 	f, order := scattered(pages, 1)
 	none := run(t, f, Options{}, order)
 	if none.GuestFaults < pages {

@@ -12,7 +12,7 @@ import (
 const mib, gib = 1 << 20, 1 << 30
 
 func TestRandomTables(t *testing.T) {
-	for seed := range uint64(7) {
+	for seed := range uint64(4) {
 		rng := rand.New(rand.NewPCG(seed, 3))
 		g := newGuest(t, guestmem.Range{GPA: 0, Size: 96 * mib}, guestmem.Range{GPA: 4*gib + 3*pageSize, Size: 48*mib + 5*pageSize})
 		five := seed%3 == 2

@@ -163,7 +163,7 @@ func restored(t testing.TB, path string, o snapshot.Options) (*running, *snapsho
 // A guest saved while it waits, restored by each policy, finds its memory as it was.
 func TestRestoredMemoryIsWhole(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "c")
-	r := start(t, "fill size=64M; wait by=mailbox; verify", nil)
+	r := start(t, "fill size=32M; wait by=mailbox; verify", nil)
 	r.serial.waitFor(t, "wait for=line")
 	report, err := snapshot.NewSaver(r.Machine, nil, nil).Save(context.Background(), path, snapshot.SaveOptions{})
 	if err != nil {
