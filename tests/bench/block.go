@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/gnomon-vmm/gnomon/tests/guest/probe"
 )
 
@@ -64,6 +66,19 @@ func (i image) make() error {
 	return f.Sync()
 }
 
+// makeDirect is make for direct I/O: nothing of the image is left in the page cache.
+func (i image) makeDirect() error {
+	if err := i.make(); err != nil {
+		return err
+	}
+	f, err := os.Open(i.path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+}
+
 // empty replaces the image by one of 4 GiB with nothing in it.
 func (i image) empty() error {
 	if err := os.Remove(i.path); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -108,30 +123,42 @@ var allocatingLoads = []diskLoad{
 	{"seqallocating", "1 MiB sequential allocating write, 8 in flight", "MB/s", "op=seqwrite bs=1M qd=8 data=same off=2G span=1G total=384M", true},
 }
 
-// block measures virtio-blk with one image in the page cache, beside each of
-// QEMU's usual ways to do I/O; the best of them counts.
-func (b *bench) block(format string) experiment {
+// block measures virtio-blk with one image, in the page cache or past it
+// (cache=writeback, cache=none), beside each of QEMU's usual ways to do I/O; the best
+// of them counts.
+func (b *bench) block(format, cache string) experiment {
+	ready := image.make
+	if cache == "none" {
+		ready = image.makeDirect
+	}
+	return b.blockLoads(blockName(format, cache), b.image(format), cache, diskLoads, func(l diskLoad) []string {
+		// The first moments, in which a side's threads and caches warm up, do not count.
+		return []string{l.words + " ms=50", fmt.Sprintf("%s ms=%d", l.words, b.pick(800, 200))}
+	}, ready)
+}
+
+// allocating measures virtio-blk with a qcow2 image that is empty for each run.
+func (b *bench) allocating(cache string) experiment {
+	img := image{filepath.Join(b.dir, "empty.qcow2"), "qcow2", 0}
+	return b.blockLoads(blockName("qcow2", cache), img, cache, allocatingLoads, func(l diskLoad) []string { return []string{l.words} }, image.empty)
+}
+
+func blockName(format, cache string) string {
 	name := "virtio-blk"
 	if format != "raw" {
 		name += " " + format
 	}
-	return b.blockLoads(name, b.image(format), diskLoads, func(l diskLoad) []string {
-		// The first moments, in which a side's threads and caches warm up, do not count.
-		return []string{l.words + " ms=50", fmt.Sprintf("%s ms=%d", l.words, b.pick(800, 200))}
-	}, image.make)
-}
-
-// allocating measures virtio-blk with a qcow2 image that is empty for each run.
-func (b *bench) allocating() experiment {
-	img := image{filepath.Join(b.dir, "empty.qcow2"), "qcow2", 0}
-	return b.blockLoads("virtio-blk qcow2", img, allocatingLoads, func(l diskLoad) []string { return []string{l.words} }, image.empty)
+	if cache == "none" {
+		name += " direct"
+	}
+	return name
 }
 
 // blockLoads measures the last of each load's words.
-func (b *bench) blockLoads(name string, img image, loads []diskLoad, words func(diskLoad) []string, ready func(image) error) experiment {
+func (b *bench) blockLoads(name string, img image, cache string, loads []diskLoad, words func(diskLoad) []string, ready func(image) error) experiment {
 	qemu := func(aio, device string, more ...string) vmm {
 		return b.peer("q35", 256, append([]string{
-			"-drive", "file=" + img.path + ",format=" + img.format + ",if=none,id=d,cache=writeback,aio=" + aio,
+			"-drive", "file=" + img.path + ",format=" + img.format + ",if=none,id=d,cache=" + cache + ",aio=" + aio,
 			"-device", "virtio-blk-pci,drive=d,disable-legacy=on" + device,
 		}, more...)...)
 	}
@@ -144,13 +171,17 @@ func (b *bench) blockLoads(name string, img image, loads []diskLoad, words func(
 			return v.blockOnce(ctx, loads, words)
 		}
 	}
+	other := "threads"
+	if cache == "none" {
+		other = "native" // which the page cache has not
+	}
 	e := experiment{
 		name: name,
 		contenders: []contender{
-			{"gnomon", run(b.ours(256, "--disk", "file="+img.path+",format="+img.format, "--net", "none"))},
+			{"gnomon", run(b.ours(256, "--disk", "file="+img.path+",format="+img.format+",cache="+cache, "--net", "none"))},
 			{"QEMU q35 io_uring", run(qemu("io_uring", ""))},
 			{"QEMU q35 io_uring iothread", run(qemu("io_uring", ",iothread=io0", thread...))},
-			{"QEMU q35 threads iothread", run(qemu("threads", ",iothread=io0", thread...))},
+			{"QEMU q35 " + other + " iothread", run(qemu(other, ",iothread=io0", thread...))},
 		},
 	}
 	for _, l := range loads {

@@ -26,14 +26,19 @@ var nbdLoads = []struct {
 	{"seqwrite", "1 MiB sequential write, 8 in flight", "MB/s", "write", "1M", 8},
 }
 
-// nbd measures images in the page cache served by NBD, with fio as the client.
-func (b *bench) nbd(format string) experiment {
+// nbd measures images served by NBD, in the page cache or past it, with fio as the
+// client.
+func (b *bench) nbd(format, cache string) experiment {
 	img := b.image(format)
+	name, ready, direct, other := "NBD "+format, image.make, "off", "threads"
+	if cache == "none" {
+		name, ready, direct, other = name+" direct", image.makeDirect, "on", "native"
+	}
 	socket := filepath.Join(b.dir, "nbd.sock")
 	daemon := func(aio string) []string {
 		return []string{
 			"qemu-storage-daemon",
-			"--blockdev", "driver=file,node-name=f,filename=" + img.path + ",aio=" + aio,
+			"--blockdev", "driver=file,node-name=f,filename=" + img.path + ",aio=" + aio + ",cache.direct=" + direct,
 			"--blockdev", "driver=" + format + ",node-name=d,file=f",
 			"--nbd-server", "addr.type=unix,addr.path=" + socket,
 			"--export", "type=nbd,id=e,node-name=d,name=d,writable=on",
@@ -41,22 +46,22 @@ func (b *bench) nbd(format string) experiment {
 	}
 	run := func(command []string) func(context.Context) (figures, error) {
 		return func(ctx context.Context) (figures, error) {
-			if err := img.make(); err != nil {
+			if err := ready(img); err != nil {
 				return nil, err
 			}
 			return b.nbdOnce(ctx, command, socket)
 		}
 	}
 	e := experiment{
-		name: "nbd " + format,
+		name: name,
 		contenders: []contender{
-			{"gnomon disk serve", run([]string{b.gnomon, "disk", "serve", img.path, "-f", format, "--listen", "unix:" + socket, "--export-name", "d"})},
-			{"qemu-storage-daemon, threads", run(daemon("threads"))},
+			{"gnomon disk serve", run([]string{b.gnomon, "disk", "serve", img.path, "-f", format, "--cache", cache, "--listen", "unix:" + socket, "--export-name", "d"})},
+			{"qemu-storage-daemon, " + other, run(daemon(other))},
 			{"qemu-storage-daemon, io_uring", run(daemon("io_uring"))},
 		},
 	}
 	for _, l := range nbdLoads {
-		e.promises = append(e.promises, promise{metric: l.metric, text: "NBD " + format + " " + l.text, unit: l.unit, higher: true, bound: bound{"ratio", ">=", 1}})
+		e.promises = append(e.promises, promise{metric: l.metric, text: name + " " + l.text, unit: l.unit, higher: true, bound: bound{"ratio", ">=", 1}})
 	}
 	return e
 }
