@@ -22,7 +22,7 @@ const (
 	MaxCPUs   = 64
 	MinMemory = 1 << 20
 	MaxMemory = 1 << 40
-	maxSlots  = 31 // PCI functions on the one bus
+	maxSerial = 20 // bytes
 )
 
 // Errors by stage; each is wrapped around its cause.
@@ -80,16 +80,18 @@ type Config struct {
 
 // Disk is a virtio block device.
 type Disk struct {
-	ID     string // as QMP shows it; "": disk0, disk1, ...
-	Node   block.Node
-	Serial string // up to 20 bytes, seen by the guest; "": the ID
-	Queues int    // 0: one for each vCPU, at most 4
+	ID     string     // as QMP shows it; "": disk0, disk1, ...
+	Node   block.Node // a Root is used as it is
+	Serial string     // up to 20 bytes, seen by the guest; "": the ID
+	Queues int        // 0: one for each vCPU, at most 4
 	// ReadError and WriteError say what becomes of requests that fail on the host;
 	// "": OnErrorReport.
 	ReadError, WriteError OnError
 	// Changes records what changes on the disk; nil: nobody does. It is closed after
 	// the disk.
 	Changes *changes.Recorder
+
+	slot int // of a disk that was plugged into the machine that was saved; 0: the next
 }
 
 // OnError is what becomes of a request that failed, in the words of QEMU's rerror and
@@ -184,12 +186,7 @@ func (c *Config) setDefaults() {
 		if d.ID == "" {
 			d.ID = fmt.Sprintf("disk%d", i)
 		}
-		if d.Serial == "" {
-			d.Serial = d.ID
-		}
-		if d.Queues == 0 {
-			d.Queues = min(c.CPUs, 4)
-		}
+		d.setDefaults(c.CPUs)
 	}
 	for i := range c.Nets {
 		n := &c.Nets[i]
@@ -200,6 +197,29 @@ func (c *Config) setDefaults() {
 			n.MAC = net.HardwareAddr{0x52, 0x54, 0x00, c.UUID[13], c.UUID[14], c.UUID[15] + byte(i)}
 		}
 	}
+}
+
+func (d *Disk) setDefaults(cpus int) {
+	if d.Serial == "" {
+		d.Serial = d.ID[:min(len(d.ID), maxSerial)]
+	}
+	if d.Queues == 0 {
+		d.Queues = min(cpus, 4)
+	}
+}
+
+func (d *Disk) validate() error {
+	switch {
+	case d.Node == nil:
+		return fmt.Errorf("%w: disk %s has no node", ErrConfig, d.ID)
+	case len(d.Serial) > maxSerial:
+		return fmt.Errorf("%w: disk %s: serial %q is longer than %d bytes", ErrConfig, d.ID, d.Serial, maxSerial)
+	case d.Queues < 1 || d.Queues > MaxCPUs:
+		return fmt.Errorf("%w: disk %s: %d queues: 1 to %d are possible", ErrConfig, d.ID, d.Queues, MaxCPUs)
+	case !d.ReadError.known() || !d.WriteError.known():
+		return fmt.Errorf("%w: disk %s: errors are handled by %q and %q: report, ignore, stop and enospc are possible", ErrConfig, d.ID, d.ReadError, d.WriteError)
+	}
+	return nil
 }
 
 func (c *Config) validate() error {
@@ -219,16 +239,10 @@ func (c *Config) validate() error {
 	}
 	seen := map[string]bool{}
 	for _, d := range c.Disks {
-		switch {
-		case d.Node == nil:
-			return fmt.Errorf("%w: disk %s has no node", ErrConfig, d.ID)
-		case len(d.Serial) > 20:
-			return fmt.Errorf("%w: disk %s: serial %q is longer than 20 bytes", ErrConfig, d.ID, d.Serial)
-		case d.Queues < 1 || d.Queues > MaxCPUs:
-			return fmt.Errorf("%w: disk %s: %d queues: 1 to %d are possible", ErrConfig, d.ID, d.Queues, MaxCPUs)
-		case !d.ReadError.known() || !d.WriteError.known():
-			return fmt.Errorf("%w: disk %s: errors are handled by %q and %q: report, ignore, stop and enospc are possible", ErrConfig, d.ID, d.ReadError, d.WriteError)
-		case seen[d.ID]:
+		if err := d.validate(); err != nil {
+			return err
+		}
+		if seen[d.ID] {
 			return fmt.Errorf("%w: two devices are named %s", ErrConfig, d.ID)
 		}
 		seen[d.ID] = true

@@ -296,6 +296,7 @@ func (m *Machine) resume() error {
 	m.setStatus(StatusRunning)
 	m.events.emit(Resumed{})
 	m.gate.release(holdUser)
+	m.finishEjects()
 	return nil
 }
 
@@ -333,7 +334,7 @@ func (m *Machine) startDevices() error {
 // hurryDisks has no request of a disk wait for the disk's limits, so that the devices
 // can come to stand still, or lets them wait again.
 func (m *Machine) hurryDisks(on bool) {
-	for _, d := range m.disks {
+	for _, d := range m.Disks() {
 		d.Root.Hurry(on)
 	}
 }

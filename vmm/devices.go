@@ -4,6 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
+	"slices"
+	"sync"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/vmm/boot"
@@ -20,8 +23,12 @@ type devices struct {
 	power      *device.Power
 	generation *device.GenerationID
 
-	virtio  []*virtio.PCI // all below, by ascending slot
-	disks   []AttachedDisk
+	// virtio are all below, and disks, in the order in which they came. Both are
+	// replaced, never changed; guarded by list, and while ctl is held they stay.
+	virtio []*virtio.PCI
+	disks  []AttachedDisk
+	list   sync.Mutex
+
 	nets    []AttachedNet
 	balloon *virtio.Balloon // nil: none
 	console *virtio.Console // nil: none
@@ -69,6 +76,9 @@ func (m *Machine) buildDevices() error {
 		intx[i] = line(uint32(device.GSIPCIFirst + i))
 	}
 	m.pci = device.NewPCIHost(m.mmio, m.vm, intx)
+	if err := m.buildHotplug(); err != nil {
+		return err
+	}
 
 	if err := errors.Join(
 		m.serial.Map(m.pio, device.PortCOM1),
@@ -99,30 +109,57 @@ func (m *Machine) connect() {
 	}
 }
 
-// buildVirtio makes the virtio devices and puts each in the next PCI slot.
+// attachDisk makes a disk's device and puts it in its slot, or the next. One that is
+// plugged in is left to a guest that runs, which places it.
+func (m *Machine) attachDisk(d Disk, plug bool) error {
+	root, ok := d.Node.(*block.Root)
+	if !ok {
+		root = block.NewRoot(d.Node)
+	}
+	if d.Changes != nil {
+		root.RecordAlways(d.Changes)
+	}
+	d.Node = root
+	blk, err := virtio.NewBlk(virtio.BlkConfig{
+		Node: d.Node, Serial: d.Serial, Queues: d.Queues,
+		OnIOError: func(op virtio.BlkOp, err error) virtio.BlkAction {
+			action := d.onIOError(op, err)
+			m.events.emit(BlockIOError{Device: d.ID, Operation: string(op), Action: string(action), Err: err})
+			return action
+		},
+		OnStop: func() { go m.pauseForIOError() }, // which waits for the worker that calls this
+	})
+	if err != nil {
+		return fmt.Errorf("disk %s: %w", d.ID, err)
+	}
+	if d.slot == 0 {
+		d.slot = m.nextSlot()
+	}
+	p, err := m.attachAt(d.slot, blk, d.ID, plug)
+	if err != nil {
+		return err
+	}
+	m.setDevices(append(slices.Clone(m.virtio), p), append(slices.Clone(m.disks), AttachedDisk{d, root, blk}))
+	return nil
+}
+
+// setDevices replaces the lists of what comes and goes.
+func (m *Machine) setDevices(all []*virtio.PCI, disks []AttachedDisk) {
+	m.list.Lock()
+	defer m.list.Unlock()
+	m.virtio, m.disks = all, disks
+}
+
+// buildVirtio makes the virtio devices and puts each in the next PCI slot, or in that
+// into which it was plugged.
 func (m *Machine) buildVirtio() error {
 	for _, d := range m.cfg.Disks {
-		root := block.NewRoot(d.Node)
-		if d.Changes != nil {
-			root.RecordAlways(d.Changes)
-		}
-		d.Node = root
-		blk, err := virtio.NewBlk(virtio.BlkConfig{
-			Node: d.Node, Serial: d.Serial, Queues: d.Queues,
-			OnIOError: func(op virtio.BlkOp, err error) virtio.BlkAction {
-				action := d.onIOError(op, err)
-				m.events.emit(BlockIOError{Device: d.ID, Operation: string(op), Action: string(action), Err: err})
-				return action
-			},
-			OnStop: func() { go m.pauseForIOError() }, // which waits for the worker that calls this
-		})
-		if err != nil {
-			return fmt.Errorf("disk %s: %w", d.ID, err)
-		}
-		if err := m.attach(blk, d.ID); err != nil {
+		if err := m.attachDisk(d, false); err != nil {
 			return err
 		}
-		m.disks = append(m.disks, AttachedDisk{d, root, blk})
+		if d.slot != 0 {
+			m.hotplug.regs.Fill(d.slot, false)
+		}
 	}
 	for _, n := range m.cfg.Nets {
 		nic, err := virtio.NewNet(virtio.NetConfig{Backend: n.Backend, MAC: n.MAC})
@@ -169,9 +206,21 @@ func (m *Machine) buildVirtio() error {
 	return nil
 }
 
-// attach puts a virtio device in the next PCI slot. It stands still until the
-// machine runs.
+// nextSlot is the first without a device.
+func (m *Machine) nextSlot() int { return bits.TrailingZeros32(^m.takenSlots()) }
+
+// attach puts a virtio device in the next PCI slot.
 func (m *Machine) attach(dev virtio.Device, name string) error {
+	p, err := m.attachAt(m.nextSlot(), dev, name, false)
+	if err != nil {
+		return err
+	}
+	m.setDevices(append(slices.Clone(m.virtio), p), m.disks)
+	return nil
+}
+
+// attachAt puts a virtio device in a PCI slot. It stands still until the machine runs.
+func (m *Machine) attachAt(slot int, dev virtio.Device, name string, plug bool) (*virtio.PCI, error) {
 	p, err := virtio.NewPCI(dev, name, virtio.Env{
 		Mem:      m.mem,
 		EventFDs: m.vm,
@@ -181,14 +230,20 @@ func (m *Machine) attach(dev virtio.Device, name string) error {
 		},
 	})
 	if err != nil {
-		return fmt.Errorf("device %s: %w", name, err)
+		return nil, fmt.Errorf("device %s: %w", name, err)
 	}
-	m.virtio = append(m.virtio, p)
-	if err := m.pci.Add(len(m.virtio), p); err != nil {
-		return fmt.Errorf("device %s: %w", name, err)
+	if m.Status() != StatusRunning {
+		p.Pause()
 	}
-	p.Pause()
-	return nil
+	add := m.pci.Add
+	if plug {
+		add = m.pci.Plug
+	}
+	if err := add(slot, p); err != nil {
+		p.Close()
+		return nil, fmt.Errorf("device %s: %w", name, err)
+	}
+	return p, nil
 }
 
 // resetDevices brings every device to its power-on state. Preconditions: the
@@ -199,6 +254,9 @@ func (m *Machine) resetDevices() error {
 	m.rtc.Reset()
 	m.i8042.Reset()
 	m.power.Reset()
+	if m.hotplug.regs != nil {
+		m.hotplug.regs.Reset()
+	}
 	return m.interrupts.write(m.vm)
 }
 

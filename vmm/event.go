@@ -48,6 +48,8 @@ type (
 		Device string
 		Err    error
 	}
+	// Unplugged: the guest let go of a disk that was plugged in, and it is gone.
+	Unplugged struct{ Device string }
 	// BlockIOError: a disk's request failed on the host.
 	BlockIOError struct {
 		Device    string
@@ -66,6 +68,7 @@ func (Failed) event()         {}
 func (Panicked) event()       {}
 func (BalloonChanged) event() {}
 func (DeviceBroken) event()   {}
+func (Unplugged) event()      {}
 func (BlockIOError) event()   {}
 
 // events hands events to observers.

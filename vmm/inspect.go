@@ -27,8 +27,13 @@ func (m *Machine) Memory() *guestmem.Memory { return m.mem }
 // Dirty tells which pages of memory were written, once it is started.
 func (m *Machine) Dirty() *dirty.Tracker { return m.dirty }
 
-// Disks are the machine's disks in the order of Config.
-func (m *Machine) Disks() []AttachedDisk { return m.disks }
+// Disks are the machine's disks in the order of Config; those that were plugged in
+// since follow.
+func (m *Machine) Disks() []AttachedDisk {
+	m.list.Lock()
+	defer m.list.Unlock()
+	return m.disks
+}
 
 // Nets are the machine's network devices in the order of Config.
 func (m *Machine) Nets() []AttachedNet { return m.nets }
@@ -39,8 +44,13 @@ func (m *Machine) Balloon() *virtio.Balloon { return m.balloon }
 // PCI lists the functions on the machine's PCI bus.
 func (m *Machine) PCI() []device.PCIInfo { return m.pci.Info() }
 
-// Virtio are the transports of the virtio devices by ascending PCI slot.
-func (m *Machine) Virtio() []*virtio.PCI { return m.virtio }
+// Virtio are the transports of the virtio devices, each in the PCI slot that its
+// Function tells.
+func (m *Machine) Virtio() []*virtio.PCI {
+	m.list.Lock()
+	defer m.list.Unlock()
+	return m.virtio
+}
 
 // Chardevs lists the host ends of the serial port and the console.
 func (m *Machine) Chardevs() []chardev.Info {

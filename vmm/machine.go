@@ -37,8 +37,12 @@ type Machine struct {
 	gate    *gate
 	clock   *clock
 
-	saved      *machineState // what Config.Restore says of the whole machine, or nil
-	assisted   bool          // vmm/assist is in the path
+	hotplug hotplug
+
+	saved        *machineState // what Config.Restore says of the whole machine, or nil
+	savedHotplug *hotplugState // and of devices that come and go
+
+	assisted   bool // vmm/assist is in the path
 	tscKHz     int
 	cpuid      []kvm.CPUIDEntry // what cpuidFor makes the vCPUs' tables of
 	entry      boot.Entry
@@ -68,9 +72,10 @@ type Machine struct {
 // error nothing is left behind and what cfg holds is still the caller's.
 func New(cfg Config) (*Machine, error) {
 	var saved *machineState
+	var plugged *hotplugState
 	if cfg.Restore != nil {
 		var err error
-		if saved, err = cfg.applyRestore(); err != nil {
+		if saved, plugged, err = cfg.applyRestore(); err != nil {
 			return nil, err
 		}
 	}
@@ -78,7 +83,7 @@ func New(cfg Config) (*Machine, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	m := &Machine{cfg: cfg, pid: os.Getpid(), saved: saved, status: StatusPrelaunch, startPaused: cfg.Paused, clock: newClock()}
+	m := &Machine{cfg: cfg, pid: os.Getpid(), saved: saved, savedHotplug: plugged, status: StatusPrelaunch, startPaused: cfg.Paused, clock: newClock()}
 	m.requests.wake = make(chan struct{}, 1)
 	m.ended = make(chan struct{})
 	if err := m.build(); err != nil {
@@ -234,7 +239,7 @@ func (m *Machine) buildCPUs() error {
 
 // load puts the guest into memory and the first vCPU at its entry.
 func (m *Machine) load() error {
-	rsdp, err := boot.ACPITables(m.mem, boot.ACPIConfig{CPUs: m.cfg.CPUs})
+	rsdp, err := boot.ACPITables(m.mem, boot.ACPIConfig{CPUs: m.cfg.CPUs, HotplugSlots: m.hotplugSlots()})
 	if err != nil {
 		return err
 	}
@@ -304,9 +309,11 @@ func (m *Machine) Close() error {
 		m.Quit()
 		<-m.ended
 	}
+	m.hotplug.cancel()
 	m.hurryDisks(true)
 	m.gate.hold(holdClosed)
 	m.threads.Wait()
+	m.hotplug.work.Wait() // nothing can begin any more
 	m.release()
 	return m.closeHost()
 }
@@ -314,6 +321,9 @@ func (m *Machine) Close() error {
 // release undoes what New did, in reverse order. It works on a machine of
 // which only a part was built.
 func (m *Machine) release() {
+	if m.hotplug.cancel != nil {
+		m.hotplug.cancel()
+	}
 	m.closeDevices()
 	for _, c := range m.cpus {
 		c.VCPU.Close()

@@ -120,6 +120,9 @@ func (m *Machine) parts() []part {
 		partOf("generation-id", infallible(m.generation.State), m.generation.Restore),
 		partOf("pci", infallible(m.pci.State), m.pci.Restore),
 	)
+	if m.hotplug.regs != nil {
+		parts = append(parts, partOf(hotplugPart, infallible(m.hotplugState), m.restoreHotplug))
+	}
 	for _, d := range m.disks {
 		parts = append(parts, partOf("virtio-blk:"+d.ID, infallible(d.Device.State), d.Device.Restore))
 	}
@@ -199,6 +202,11 @@ func (m *Machine) sectionsOfParts(all []Section) (map[string]Section, error) {
 			return nil, fmt.Errorf("%w: the saved machine has %s, which this one has not: describe the same devices, or use the Gnomon that saved it", ErrRestore, s.Name)
 		}
 	}
+	if m.hotplug.regs != nil {
+		if err := m.checkHotplug(sections[hotplugPart]); err != nil {
+			return nil, err
+		}
+	}
 	return sections, nil
 }
 
@@ -234,7 +242,7 @@ func (m *Machine) Revert(r Restore) (err error) {
 		return fmt.Errorf("%w: the guest is being reset or powered off", ErrState)
 	}
 	same := Config{CPUs: m.cfg.CPUs, Memory: m.cfg.Memory, Restore: &r}
-	saved, err := same.applyRestore()
+	saved, _, err := same.applyRestore()
 	if err != nil {
 		return err
 	}
@@ -309,31 +317,40 @@ func SavedUUID(sections []Section) UUID {
 }
 
 // applyRestore gives cfg what the saved machine decides, before it is built.
-func (c *Config) applyRestore() (*machineState, error) {
+func (c *Config) applyRestore() (*machineState, *hotplugState, error) {
 	sections, err := indexSections(c.Restore.Sections)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	section, ok := sections[machinePart]
 	if !ok {
-		return nil, fmt.Errorf("%w: section %s is missing", ErrRestore, machinePart)
+		return nil, nil, fmt.Errorf("%w: section %s is missing", ErrRestore, machinePart)
 	}
 	var s machineState
 	if err := decode(section.Data, &s); err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", ErrRestore, machinePart, err)
+		return nil, nil, fmt.Errorf("%w: %s: %w", ErrRestore, machinePart, err)
 	}
 	uuid, err := ParseUUID(s.UUID)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", ErrRestore, machinePart, err)
+		return nil, nil, fmt.Errorf("%w: %s: %w", ErrRestore, machinePart, err)
 	}
 	if c.UUID == (UUID{}) {
 		c.UUID = uuid
 	}
 	if c.CPUs != 0 && c.CPUs != s.CPUs || c.Memory != 0 && c.Memory != s.Memory {
-		return nil, fmt.Errorf("%w: the saved machine has %d vCPUs and %d bytes of memory: leave these out, or ask for the same", ErrRestore, s.CPUs, s.Memory)
+		return nil, nil, fmt.Errorf("%w: the saved machine has %d vCPUs and %d bytes of memory: leave these out, or ask for the same", ErrRestore, s.CPUs, s.Memory)
 	}
 	c.CPUs, c.Memory = s.CPUs, s.Memory
-	return &s, nil
+	section, ok = sections[hotplugPart]
+	if !ok {
+		return &s, nil, nil
+	}
+	plugged, err := readHotplug(section)
+	if err != nil {
+		return nil, nil, err
+	}
+	c.plugSaved(&plugged)
+	return &s, &plugged, nil
 }
 
 func (m *Machine) machineState() (machineState, error) {

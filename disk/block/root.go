@@ -1,6 +1,7 @@
 package block
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync"
@@ -25,6 +26,8 @@ type Root struct {
 	current  atomic.Pointer[holder]
 	// claim names who changes the nodes; "": nobody.
 	claim atomic.Pointer[string]
+	// released gets a value at each Release, for who waits in ClaimWhenFree.
+	released chan struct{}
 	// recorders hear of what is written; nil: there are none.
 	recorders atomic.Pointer[[]Recorder]
 	// always hears of it too, and was there before the first request; or nil.
@@ -72,7 +75,7 @@ var _ Mapper = (*Root)(nil)
 
 // NewRoot makes a root that passes requests on to n.
 func NewRoot(n Node) *Root {
-	r := &Root{}
+	r := &Root{released: make(chan struct{}, 1)}
 	r.current.Store(&holder{n})
 	return r
 }
@@ -96,8 +99,30 @@ func (r *Root) Claim(by string) error {
 	return fmt.Errorf("%w: it is in use by %s: wait until that has ended", ErrBusy, other)
 }
 
+// ClaimWhenFree is Claim that waits for others to release the root; it fails when ctx
+// ends. One at a time may wait.
+func (r *Root) ClaimWhenFree(ctx context.Context, by string) error {
+	for {
+		err := r.Claim(by)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(ctx.Err(), err)
+		case <-r.released:
+		}
+	}
+}
+
 // Release ends a Claim.
-func (r *Root) Release() { r.claim.Store(nil) }
+func (r *Root) Release() {
+	r.claim.Store(nil)
+	select {
+	case r.released <- struct{}{}:
+	default:
+	}
+}
 
 // Swap has later requests go to n, when those under way have ended.
 func (r *Root) Swap(n Node) {

@@ -94,9 +94,14 @@ func (p *plan) readMachine() (err error) {
 	return nil
 }
 
+// readDiskOptions reads what --disk says.
+func readDiskOptions(text string) (*options, error) {
+	return parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues", "owner", "changes", "cache", "aio", "rerror", "werror")
+}
+
 func (p *plan) readDisks() error {
 	for _, text := range p.flags.disks {
-		o, err := parseOptions("disk", text, "file", "format", "readonly", "id", "serial", "queues", "owner", "changes", "cache", "aio", "rerror", "werror")
+		o, err := readDiskOptions(text)
 		if err != nil {
 			return err
 		}

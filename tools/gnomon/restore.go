@@ -135,13 +135,27 @@ func (o *overlays) over(image *snapshot.Image, checkpoint string, f *runFlags, c
 	if disks == nil {
 		return nil // they were left to the user
 	}
-	if len(disks) != len(f.disks) {
-		return fmt.Errorf("checkpoint %s keeps %d disks, and its machine has %d: it is damaged, or name the disks by --disk", checkpoint, len(disks), len(f.disks))
-	}
-	for i, saved := range disks {
-		text, err := parseOptions("disk", f.disks[i], "file", "format", "readonly", "id", "serial", "queues", "owner", "changes")
+	// The machine began with those of the flags; others may have been plugged in since,
+	// and some of those have gone.
+	began := map[string]*options{}
+	for i, text := range f.disks {
+		d, err := readDiskOptions(text)
 		if err != nil {
 			return err
+		}
+		if !d.has("id") {
+			d.values["id"] = fmt.Sprintf("disk%d", i) // as vmm.Config has it
+		}
+		began[d.values["id"]] = d
+	}
+	f.disks = nil
+	for _, saved := range disks {
+		text := began[saved.ID]
+		if text == nil {
+			text = &options{flag: "disk", values: map[string]string{"id": saved.ID}}
+			if saved.ReadOnly {
+				text.values["readonly"] = "on"
+			}
 		}
 		if err := saved.Unchanged(); err != nil && !changed {
 			if errors.Is(err, snapshot.ErrDiskChanged) {
@@ -160,7 +174,7 @@ func (o *overlays) over(image *snapshot.Image, checkpoint string, f *runFlags, c
 			o.paths = append(o.paths, path)
 			text.values["file"], text.values["format"] = path, disk.FormatQcow2
 		}
-		f.disks[i] = text.String()
+		f.disks = append(f.disks, text.String())
 	}
 	return nil
 }

@@ -19,6 +19,9 @@ var ErrACPI = errors.New("ACPI tables")
 // device.
 type ACPIConfig struct {
 	CPUs int // 1 to MaxCPUs; processor n has local APIC id n
+	// HotplugSlots has a bit for each PCI slot that devices can be plugged into:
+	// device.PCIHotplug serves them.
+	HotplugSlots uint32
 }
 
 // Table sizes and ids. ACPI specification 6.5, chapter 5.
@@ -43,7 +46,7 @@ func ACPITables(mem *guestmem.Memory, cfg ACPIConfig) (rsdp uint64, err error) {
 	a := tableArea{next: ACPIAddr}
 	rsdp = a.reserve(rsdpSize)
 	facsAddr := a.place(facs(), facsAlign)
-	dsdtAddr := a.place(dsdt(), 16)
+	dsdtAddr := a.place(dsdt(cfg.HotplugSlots), 16)
 	xsdtAddr := a.place(xsdt(
 		a.place(fadt(facsAddr, dsdtAddr), 16),
 		a.place(madt(cfg.CPUs), 16),

@@ -96,9 +96,9 @@ func needIASL(t *testing.T) string {
 // compiler's bytes must be ours where it does not fill in its own name.
 func TestACPITablesThroughIASL(t *testing.T) {
 	iasl := needIASL(t)
-	for _, cpus := range []int{1, MaxCPUs} {
+	for cpus, slots := range map[int]uint32{1: 0xFF00_0000, 2: 0, MaxCPUs: ^uint32(1)} {
 		mem := newMemory(t, guestmem.Range{Size: 2 << 20})
-		rsdp, err := ACPITables(mem, ACPIConfig{CPUs: cpus})
+		rsdp, err := ACPITables(mem, ACPIConfig{CPUs: cpus, HotplugSlots: slots})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -225,11 +225,41 @@ func TestFADTMeetsTheDevices(t *testing.T) {
 
 // TestDSDTRoutesEachSlot looks for the _PRT's entries as they are encoded.
 func TestDSDTRoutesEachSlot(t *testing.T) {
-	table := dsdt()
+	table := dsdt(0)
 	for slot := byte(1); slot < 32; slot++ {
 		entry := []byte{0x12, 0x0B, 4, 0x0C, 0xFF, 0xFF, slot, 0, 0, 0, 0x0A, 16 + slot%8}
 		if !bytes.Contains(table, entry) {
 			t.Errorf("slot %d: no % x", slot, entry)
+		}
+	}
+}
+
+// TestDSDTOfSlotsThatFill reads by ACPICA's disassembler what the guest is told of
+// slots that devices can be plugged into.
+func TestDSDTOfSlotsThatFill(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "dsdt.dat")
+	if err := os.WriteFile(file, dsdt(1<<5|1<<31), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(needIASL(t), "-d", file).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, "dsdt.dsl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := regexp.MustCompile(`\s+`).ReplaceAllString(regexp.MustCompile(`//.*`).ReplaceAllString(string(text), ""), " ")
+	for _, want := range []string{
+		"OperationRegion (PCST, SystemIO, 0xAE00, 0x0C)",
+		"Field (PCST, DWordAcc, NoLock, WriteAsZeros) { PCIU, 32, PCID, 32, B0EJ, 32 }",
+		"Device (S05) { Name (_ADR, 0x00050000) Name (_SUN, 0x05) Method (_EJ0, 1, Serialized) { B0EJ = 0x20 } }",
+		"Device (S1F) { Name (_ADR, 0x001F0000) Name (_SUN, 0x1F) Method (_EJ0, 1, Serialized) { B0EJ = 0x80000000 } }",
+		"Method (_E01, 0, Serialized) { Local0 = \\_SB.PCI0.PCID If ((Local0 & 0x20)) { Notify (\\_SB.PCI0.S05, 0x03) } If ((Local0 & 0x80000000)) { Notify (\\_SB.PCI0.S1F, 0x03) } " +
+			"Local0 = \\_SB.PCI0.PCIU If ((Local0 & 0x20)) { Notify (\\_SB.PCI0.S05, One) } If ((Local0 & 0x80000000)) { Notify (\\_SB.PCI0.S1F, One) } }",
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q in\n%s", want, text)
 		}
 	}
 }

@@ -24,6 +24,12 @@ const (
 	amlPackage      = 0x12
 	amlMethod       = 0x14
 	amlDualName     = 0x2E
+	amlLocal0       = 0x60
+	amlStore        = 0x70
+	amlAnd          = 0x7B
+	amlIf           = 0xA0
+	amlExtRegion    = 0x80
+	amlExtField     = 0x81
 	amlMultiName    = 0x2F
 	amlExt          = 0x5B
 	amlExtDevice    = 0x82
@@ -118,8 +124,43 @@ func amlDevice(name string, terms ...[]byte) []byte {
 }
 
 // amlProcedure is a serialized method without arguments.
-func amlProcedure(name string, terms ...[]byte) []byte {
-	return slices.Concat([]byte{amlMethod}, amlSized(slices.Concat(amlPath(name), []byte{amlMethodSerial}, slices.Concat(terms...))))
+func amlProcedure(name string, terms ...[]byte) []byte { return amlMethodOf(name, 0, terms...) }
+
+// amlMethodOf is a serialized method.
+func amlMethodOf(name string, arguments byte, terms ...[]byte) []byte {
+	return slices.Concat([]byte{amlMethod}, amlSized(slices.Concat(amlPath(name), []byte{amlMethodSerial | arguments}, slices.Concat(terms...))))
+}
+
+// amlPortRegion declares n I/O ports. (section 19.6.100)
+func amlPortRegion(name string, port, n uint64) []byte {
+	const systemIO = 1
+	return slices.Concat([]byte{amlExt, amlExtRegion}, amlPath(name), []byte{systemIO}, amlInt(port), amlInt(n))
+}
+
+// amlDwords names a region's 32-bit registers, in their order; what is not written
+// of one is zero. (section 20.2.5.2)
+func amlDwords(region string, names ...string) []byte {
+	const dwordAccess, writeAsZeros, bits = 3, 2 << 5, 32
+	body := append(amlPath(region), dwordAccess|writeAsZeros)
+	for _, n := range names {
+		body = append(append(body, amlPath(n)...), bits)
+	}
+	return slices.Concat([]byte{amlExt, amlExtField}, amlSized(body))
+}
+
+// amlAssign stores a value in what has a name, amlToLocal0 the other way.
+func amlAssign(value []byte, to string) []byte {
+	return slices.Concat([]byte{amlStore}, value, amlPath(to))
+}
+
+func amlToLocal0(from string) []byte {
+	return slices.Concat([]byte{amlStore}, amlPath(from), []byte{amlLocal0})
+}
+
+// amlIfLocal0 does the terms if one of the bits is set in Local0.
+func amlIfLocal0(bits uint64, terms ...[]byte) []byte {
+	const nowhere = amlZero
+	return slices.Concat([]byte{amlIf}, amlSized(slices.Concat([]byte{amlAnd, amlLocal0}, amlInt(bits), []byte{nowhere}, slices.Concat(terms...))))
 }
 
 func amlNotification(object string, value uint64) []byte {

@@ -35,9 +35,11 @@ const (
 	PortPCIAddress  = 0xCF8
 	PortReset       = 0xCF9 // ACPI reset register
 	PortPCIData     = 0xCFC
-	PortBIOSDebug   = 0x80 // POST codes and I/O delay: writes are ignored
+	PortPCIHotplug  = 0xAE00 // PCIHotplugPorts ports
+	PortBIOSDebug   = 0x80   // POST codes and I/O delay: writes are ignored
 	ResetValue      = 0x06
 	GPEGenerationID = 0 // GPE0 bit raised when the generation id changed
+	GPEPCIHotplug   = 1 // GPE0 bit raised when a PCI device came, or is to go
 )
 
 // GSIs on the in-kernel irqchip.

@@ -18,7 +18,8 @@ var pciHostBridge = PCIIdentity{Vendor: 0x8086, Device: 0x29C0, SubsystemVendor:
 // lines.
 //
 // BARs get addresses in the PCI window when a device is added, and again at
-// reset, with memory decoding on: no firmware does that here. A BAR that the
+// reset, with memory decoding on: no firmware does that here. Those of a device
+// that is plugged in have none until the guest places them. A BAR that the
 // guest moves outside the window or over another is on no bus until
 // it is moved again or the other goes.
 type PCIHost struct {
@@ -31,7 +32,6 @@ type PCIHost struct {
 	devices  [PCISlots]PCIDevice
 	funcs    [PCISlots]*PCIFunction
 	address  uint32 // the register at PortPCIAddress
-	nextBAR  uint64 // first free address of the window
 	restless bool   // some BAR wants an address it could not get
 
 	// intxMu guards the interrupt lines. It may be taken with mu held.
@@ -56,7 +56,7 @@ type PCIFunctionState struct {
 // NewPCIHost returns a host bridge alone on its bus. BARs are mapped on mmio,
 // MSI-X vectors go to msi; lines[i] is GSIPCIFirst+i and may be nil.
 func NewPCIHost(mmio *Bus, msi MSISender, lines [GSIPCICount]Line) *PCIHost {
-	h := &PCIHost{mmio: mmio, msi: msi, lines: lines, nextBAR: PCIMMIOBase}
+	h := &PCIHost{mmio: mmio, msi: msi, lines: lines}
 	bridge := NewPCIFunction(pciHostBridge)
 	bridge.host = h
 	bridge.initial = bridge.config
@@ -65,32 +65,39 @@ func NewPCIHost(mmio *Bus, msi MSISender, lines [GSIPCICount]Line) *PCIHost {
 }
 
 // Add puts a device in a slot from 1 to PCISlots-1 and places its BARs.
-func (h *PCIHost) Add(slot int, d PCIDevice) error {
+func (h *PCIHost) Add(slot int, d PCIDevice) error { return h.add(slot, d, true) }
+
+// Plug is Add while the guest runs, which places the BARs itself.
+func (h *PCIHost) Plug(slot int, d PCIDevice) error { return h.add(slot, d, false) }
+
+func (h *PCIHost) add(slot int, d PCIDevice, placed bool) error {
 	f := d.Function()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if slot < 1 || slot >= PCISlots || h.funcs[slot] != nil || f.host != nil {
 		return fmt.Errorf("%w: slot %d is taken or does not exist", ErrPCI, slot)
 	}
-	next := h.nextBAR
+	bare := f.config
 	for i := range f.bars {
 		size := f.bars[i].size
 		if size == 0 {
 			continue
 		}
-		base := (next + size - 1) &^ (size - 1)
-		if base+size > PCIMMIOBase+PCIMMIOSize {
+		base, ok := h.room(f, i, size)
+		if !ok {
+			f.config = bare
 			return fmt.Errorf("%w: slot %d: no room for BAR %d of %d bytes", ErrPCI, slot, i, size)
 		}
 		binary.LittleEndian.PutUint32(f.config[pciBAR0+4*i:], uint32(base))
-		next = base + size
 	}
-	h.nextBAR = next
 	f.config[pciCommand] |= pciCommandMemory
 	if f.config[pciInterruptPin] != 0 {
 		f.config[pciInterruptLine] = byte(pciGSI(slot))
 	}
 	f.initial = f.config
+	if !placed {
+		f.config = bare
+	}
 	f.host, f.slot = h, slot
 	if f.msix != nil {
 		f.msix.sender = h.msi
@@ -98,6 +105,56 @@ func (h *PCIHost) Add(slot int, d PCIDevice) error {
 	h.devices[slot], h.funcs[slot] = d, f
 	f.follow()
 	return nil
+}
+
+// room is the first address of the window where a BAR fits among those that other
+// functions have at reset, and f's own before it; h.mu is held.
+func (h *PCIHost) room(f *PCIFunction, bar int, size uint64) (base uint64, ok bool) {
+	le := binary.LittleEndian
+	taken := func(from uint64) (end uint64, taken bool) {
+		for _, other := range append(h.funcs[:], f) {
+			for i := 0; other != nil && i < pciBARs; i++ {
+				config := &other.initial
+				if other == f {
+					if i == bar {
+						break
+					}
+					config = &f.config
+				}
+				at, n := uint64(le.Uint32(config[pciBAR0+4*i:])), other.bars[i].size
+				if n != 0 && at < from+size && from < at+n {
+					return at + n, true
+				}
+			}
+		}
+		return 0, false
+	}
+	for base = PCIMMIOBase; base+size <= PCIMMIOBase+PCIMMIOSize; {
+		end, hit := taken(base)
+		if !hit {
+			return base, true
+		}
+		base = (end + size - 1) &^ (size - 1)
+	}
+	return 0, false
+}
+
+// Remove takes a slot's device off the bus. It must have been closed: what it does
+// later has no effect.
+func (h *PCIHost) Remove(slot int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	f := h.funcs[slot]
+	if slot < 1 || f == nil {
+		return
+	}
+	h.intxMu.Lock()
+	f.intxHigh, f.gone = false, true
+	h.driveINTx(f)
+	h.intxMu.Unlock()
+	f.config[pciCommand] &^= pciCommandMemory
+	h.devices[slot], h.funcs[slot] = nil, nil
+	h.placeBARs(f)
 }
 
 func pciGSI(slot int) int { return GSIPCIFirst + slot%GSIPCICount }
@@ -199,10 +256,11 @@ func (h *PCIHost) access(bus, slot, function, reg int, p []byte, write bool) {
 	default:
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		if write {
-			f.write(reg, p)
-		} else {
+		switch {
+		case !write:
 			f.read(reg, p)
+		case h.funcs[slot] == f: // it may have gone
+			f.write(reg, p)
 		}
 	}
 }

@@ -82,6 +82,7 @@ type PCIFunction struct {
 
 	intxHigh     bool
 	intxDisabled bool
+	gone         bool // from the bus
 }
 
 // pciBAR is one memory BAR; size 0 means there is none.
@@ -166,6 +167,9 @@ func (f *PCIFunction) SetWindow(off, size int, h Handler) {
 	f.window = pciWindow{off: off, size: size, handler: h}
 }
 
+// Slot is where PCIHost.Add put the function.
+func (f *PCIFunction) Slot() int { return f.slot }
+
 // EnableINTx says that the function drives pin INTA.
 func (f *PCIFunction) EnableINTx() { f.config[pciInterruptPin] = 1 }
 
@@ -176,6 +180,9 @@ func (f *PCIFunction) SetINTx(high bool) {
 	}
 	f.host.intxMu.Lock()
 	defer f.host.intxMu.Unlock()
+	if f.gone {
+		return
+	}
 	f.intxHigh = high
 	f.host.driveINTx(f)
 }

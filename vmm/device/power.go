@@ -101,10 +101,15 @@ func (p *Power) PressPowerButton() {
 }
 
 // NotifyGeneration tells the guest that its generation id has changed.
-func (p *Power) NotifyGeneration() {
+func (p *Power) NotifyGeneration() { p.raise(GPEGenerationID) }
+
+// NotifyPCI tells the guest that a PCI device has come, or is to go.
+func (p *Power) NotifyPCI() { p.raise(GPEPCIHotplug) }
+
+func (p *Power) raise(event int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.s.GPE0Status |= 1 << GPEGenerationID
+	p.s.GPE0Status |= 1 << event
 	p.update()
 }
 

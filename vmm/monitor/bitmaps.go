@@ -410,18 +410,24 @@ func (mon *monitor) storeBitmaps() error {
 	defer b.mu.Unlock()
 	var errs []error
 	for _, d := range mon.m.Disks() {
-		if d.Node.ReadOnly() {
-			continue
-		}
-		d.Root.Drained(func(current block.Node) block.Node {
-			for _, x := range b.byDisk[d.ID] {
-				if x.persistent && !x.inconsistent {
-					errs = append(errs, keep(current, x.Bitmap))
-				}
-			}
-			return current
-		})
+		errs = append(errs, b.storeLocked(d))
 	}
+	return errors.Join(errs...)
+}
+
+func (b *dirtyBitmaps) storeLocked(d vmm.AttachedDisk) error {
+	if d.Node.ReadOnly() {
+		return nil
+	}
+	var errs []error
+	d.Root.Drained(func(current block.Node) block.Node {
+		for _, x := range b.byDisk[d.ID] {
+			if x.persistent && !x.inconsistent {
+				errs = append(errs, keep(current, x.Bitmap))
+			}
+		}
+		return current
+	})
 	return errors.Join(errs...)
 }
 

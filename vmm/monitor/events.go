@@ -107,6 +107,8 @@ func (mon *monitor) tell(e vmm.Event) {
 		mon.emit("BALLOON_CHANGE", balloonData{e.Actual})
 	case vmm.BlockIOError:
 		mon.emit("BLOCK_IO_ERROR", mon.ioError(e))
+	case vmm.Unplugged:
+		mon.emit("DEVICE_DELETED", deviceDeletedData{Device: &e.Device, Path: devicePath(e.Device)})
 	case vmm.Failed:
 		mon.emit(failedEvent, failedData{e.Err.Error()})
 	case vmm.DeviceBroken:

@@ -53,8 +53,8 @@ func (mon *monitor) registerPCI(reg *qmp.Registry) {
 
 func (mon *monitor) pciDevices() (all []pciDevice) {
 	names := map[int]string{}
-	for i, p := range mon.m.Virtio() {
-		names[i+1] = p.Name() // the host bridge is in slot 0
+	for _, p := range mon.m.Virtio() {
+		names[p.Function().Slot()] = p.Name()
 	}
 	for _, f := range mon.m.PCI() {
 		d := pciDevice{

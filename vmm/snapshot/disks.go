@@ -47,6 +47,7 @@ var ErrDiskChanged = errors.New("it was changed since")
 type keeper struct {
 	disks    []keptDisk
 	claimed  []*block.Root
+	release  func() // lets disks come and go again
 	switched bool
 	done     bool // the checkpoint is complete
 }
@@ -65,7 +66,7 @@ type keptDisk struct {
 // keepDisks prepares it, ahead of the pause: images are made, and what is to be
 // kept is written to the disk, so that little is left to do.
 func keepDisks(m *vmm.Machine, checkpoint string, o SaveOptions) (*keeper, error) {
-	k := &keeper{}
+	k := &keeper{release: m.HoldDevices()}
 	if err := k.prepare(m, checkpoint, o); err != nil {
 		k.undo()
 		return nil, err
@@ -96,6 +97,7 @@ func (k *keeper) prepare(m *vmm.Machine, checkpoint string, o SaveOptions) (err 
 		}
 		switch {
 		case kept.ReadOnly:
+			_, err = savedFiles(info) // which must lie in files
 		case o.Disks == CopyDisks:
 			err = kept.prepareCopy(checkpoint + "." + d.ID + ".qcow2")
 		default:
@@ -259,6 +261,7 @@ func (k *keeper) undo() {
 			root.Release()
 		}
 		k.claimed = nil
+		k.release()
 	}()
 	for i := range k.disks {
 		d := &k.disks[i]

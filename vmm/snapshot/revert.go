@@ -141,6 +141,7 @@ func (s *Saver) trackFromHere() error {
 type replacer struct {
 	disks    []replacedDisk
 	claimed  []*block.Root
+	release  func() // lets disks come and go again
 	switched bool
 }
 
@@ -152,7 +153,7 @@ type replacedDisk struct {
 
 // replaceDisks makes the overlays in which the machine will write.
 func replaceDisks(m *vmm.Machine, i *Image, tag string) (*replacer, error) {
-	r := &replacer{}
+	r := &replacer{release: m.HoldDevices()}
 	if err := r.prepare(m, i, tag); err != nil {
 		r.undo()
 		return nil, err
@@ -218,6 +219,7 @@ func (r *replacer) undo() {
 			root.Release()
 		}
 		r.claimed = nil
+		r.release()
 	}()
 	if r.switched {
 		return
