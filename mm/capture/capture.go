@@ -202,13 +202,7 @@ func (c *Capture) Arm(only *dirty.Bitmap) error {
 		only = dirty.NewBitmapOf(c.mem)
 		only.SetAll()
 	}
-	only.Runs(func(pfn, n uint64) {
-		r := c.regionOf(pfn)
-		first := r.firstIndex + pfn - r.firstPFN
-		for i := first; i < first+n; i++ {
-			c.pages.state[i].Store(pending)
-		}
-	})
+	c.expect(only)
 	if err := c.protectRuns(only); err != nil {
 		return fmt.Errorf("%w: %w", ErrArm, err)
 	}
@@ -260,24 +254,50 @@ func (c *Capture) readPage(i uint32, into []byte) error {
 }
 
 // Refresh takes in pages that were written since Arm, while the machine runs, so
-// that less is left to Freeze. It does nothing unless Arm has copied its pages. With
-// more pages than there is room for it returns false: a capture made anew does better.
+// that less is left to Freeze: they are copied if Arm has copied its pages, and
+// otherwise are to be protected, which Rearm does. With more pages than there is
+// room to copy it returns false: a capture made anew does better.
 func (c *Capture) Refresh(more *dirty.Bitmap) (bool, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.phase != armed {
 		return false, fmt.Errorf("%w: %w", ErrArm, c.misplaced())
 	}
-	if !c.early {
-		return true, nil
-	}
-	if more.Count() > uint64(c.pages.room()) {
+	err := error(nil)
+	switch {
+	case !c.partial: // all pages are to be saved, and writes to them noted
+	case !c.early:
+		err = c.include(more)
+	case more.Count() > uint64(c.pages.room()):
 		return false, nil
+	default:
+		err = c.copyEarly(more)
 	}
-	if err := c.copyEarly(more); err != nil {
+	if err != nil {
 		return false, fmt.Errorf("%w: %w", ErrArm, err)
 	}
 	return true, nil
+}
+
+// include adds pages to those that are to be saved and, since they are not
+// protected, to those that were written. Preconditions: mu is held, and phase is armed.
+func (c *Capture) include(more *dirty.Bitmap) error {
+	if err := c.written.Merge(more); err != nil {
+		return err
+	}
+	c.expect(more)
+	return nil
+}
+
+// expect has pages saved.
+func (c *Capture) expect(b *dirty.Bitmap) {
+	b.Runs(func(pfn, n uint64) {
+		r := c.regionOf(pfn)
+		first := r.firstIndex + pfn - r.firstPFN
+		for i := first; i < first+n; i++ {
+			c.pages.state[i].Store(pending)
+		}
+	})
 }
 
 // Rearm protects again what was written since it was protected, while the
@@ -382,16 +402,9 @@ func (c *Capture) Freeze(more *dirty.Bitmap) error {
 		return nil
 	}
 	if more != nil && c.partial {
-		if err := c.written.Merge(more); err != nil {
+		if err := c.include(more); err != nil {
 			return fmt.Errorf("%w: %w", ErrFreeze, err)
 		}
-		more.Runs(func(pfn, n uint64) {
-			r := c.regionOf(pfn)
-			first := r.firstIndex + pfn - r.firstPFN
-			for i := first; i < first+n; i++ {
-				c.pages.state[i].Store(pending)
-			}
-		})
 	}
 	before := c.count.protectCalls.Load()
 	c.count.rewritten.Store(c.written.Count())
