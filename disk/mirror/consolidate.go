@@ -63,7 +63,7 @@ func (c *Consolidation) begin(current block.Node, o Options) error {
 		return err
 	}
 	c.overlay, c.above = overlay, overlay
-	o.Depth = max(o.Depth, 1)
+	o.Depth, o.MayLag = max(o.Depth, 1), true
 	for range o.Depth - 1 {
 		if c.above, ok = c.above.Backing().(*qcow2.Node); !ok || c.above.Backing() == nil {
 			return fmt.Errorf("%s lies on fewer than %d images", overlay.Info().Filename, o.Depth)
@@ -143,7 +143,7 @@ func (c *Consolidation) finish() (err error) {
 	if err := c.filter.Err(); err != nil {
 		return err
 	}
-	// Most of what must be durable becomes so while the disk is used.
+	// Most of what must be durable is: this leaves less to be done between two requests.
 	if err := c.base.Flush(); err != nil {
 		return err
 	}
@@ -171,8 +171,9 @@ func (c *Consolidation) finish() (err error) {
 		os.Remove(empty)
 		return err
 	}
-	// Nobody needs it any more; its file has no name.
+	// Nobody needs it any more, or what it has not written yet; its file has no name.
 	c.above.SetBacking(nil)
+	c.overlay.IgnoreFlushes()
 	c.overlay.Close()
 	c.done = true
 	return err

@@ -97,6 +97,9 @@ func (m *Middle) begin(current block.Node) error {
 		pass.Depth -= m.o.Top
 		m.pass, err = New(m.top, m.base, pass)
 	}
+	if err == nil {
+		m.pass.alwaysRest = true // the requests do not go by it
+	}
 	if err != nil {
 		_, again := reopenBacking(m.lowest, true)
 		return errors.Join(err, again)

@@ -6,7 +6,6 @@
 package mirror
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"sync"
@@ -21,11 +20,7 @@ var ErrMirror = errors.New("move disk")
 
 const (
 	clusterSize = 64 << 10
-	batchBytes  = 256 << 10 // what the pass copies at once
-	stripes     = 4096      // locks, each for every 4096th cluster
-
-	// What the pass rests at most between two batches while the disk is in use.
-	maxRest = 5 * time.Millisecond
+	stripes     = 4096 // locks, each for every 4096th cluster
 )
 
 // Options say how to move.
@@ -37,9 +32,15 @@ type Options struct {
 	Depth int
 	// TargetIsZero tells that the target reads as zero, so that zeroes need no copying.
 	TargetIsZero bool
+	// MayLag lets what is written behind the pass reach the target later, until Run
+	// returns, which makes durable what the target holds then. The disk's user need not
+	// wait for two writes.
+	MayLag bool
+	// Step is how many bytes the pass copies at once, a multiple of 64 KiB; 0: 1 MiB.
+	Step int64
 	// Progress, where not nil, is told how far the pass is, in bytes of the disk.
 	Progress func(done, total int64)
-	// Pause, where not nil, is called between two batches; it may wait, and end
+	// Pause, where not nil, is called between two steps; it may wait, and end
 	// the pass with an error.
 	Pause func() error
 }
@@ -67,6 +68,15 @@ type Filter struct {
 	copied, mirrored, diverted atomic.Int64
 	requests                   atomic.Int64 // of the disk's user
 
+	late backlog // writes that the target has not got
+
+	// Of the pass: whether it rests at all times, the requests that it has seen, when
+	// there was a new one, and how long it is still to rest.
+	alwaysRest bool
+	seen       int64
+	lastUse    time.Time
+	owed       time.Duration
+
 	mu  sync.Mutex
 	err error // the first of the target's; nothing more is sent there; guarded by mu
 	bad atomic.Bool
@@ -81,6 +91,9 @@ func New(source, target block.Node, o Options) (*Filter, error) {
 	if _, ok := source.(block.Mapper); o.Depth > 0 && !ok {
 		return nil, fmt.Errorf("%w: a source of format %s does not tell what it holds", ErrMirror, source.Info().Format)
 	}
+	if o.Step = o.Step / clusterSize * clusterSize; o.Step <= 0 {
+		o.Step = defaultStep
+	}
 	f := &Filter{Node: source, target: target, o: o}
 	f.held = make([]atomic.Uint64, (source.Size()/clusterSize+64)/64)
 	return f, nil
@@ -93,40 +106,6 @@ func (f *Filter) Figures() Figures {
 
 // Source is the node whose place the filter takes.
 func (f *Filter) Source() block.Node { return f.Node }
-
-// Run makes the pass. When it returns without an error the target holds all that
-// the disk reads as, and every later write goes to it too, until Err is not nil.
-func (f *Filter) Run(ctx context.Context) error {
-	buf := make([]byte, min(batchBytes, f.Size()))
-	for at := int64(0); at < f.Size(); {
-		if f.o.Pause != nil {
-			if err := f.o.Pause(); err != nil {
-				return err
-			}
-		}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if err := f.Err(); err != nil {
-			return err
-		}
-		begin, requests := time.Now(), f.requests.Load()
-		end, err := f.step(at, buf)
-		if err != nil {
-			f.fail(err)
-			return f.Err()
-		}
-		at = end
-		if f.requests.Load() != requests {
-			// Half of the time is the user's.
-			time.Sleep(min(time.Since(begin), maxRest))
-		}
-		if f.o.Progress != nil {
-			f.o.Progress(at, f.Size())
-		}
-	}
-	return f.Err()
-}
 
 // Err is why the target does not hold what the source does; nil: no reason.
 func (f *Filter) Err() error {
@@ -144,74 +123,6 @@ func (f *Filter) fail(err error) {
 		f.err = fmt.Errorf("%w: %w", ErrMirror, err)
 	}
 	f.bad.Store(true)
-}
-
-// step copies from at on, and returns how far it came: what nothing is held of is
-// passed over at once.
-func (f *Filter) step(at int64, buf []byte) (int64, error) {
-	end := min(at+batchBytes, f.Size())
-	f.lock(at, end-at)
-	defer f.unlock(at, end-at)
-	for pos := at; pos < end; {
-		e, err := f.extent(pos, end-pos)
-		if err != nil {
-			return 0, err
-		}
-		if e.take {
-			if err := f.copy(e, buf); err != nil {
-				return 0, err
-			}
-			for c := pos / clusterSize; c <= (pos+e.length-1)/clusterSize; c++ {
-				f.held[c/64].Or(1 << (c % 64))
-			}
-		}
-		pos += e.length
-	}
-	f.cursor.Store(end)
-	return end, nil
-}
-
-// extent is what the pass does about length bytes.
-type extent struct {
-	start, length int64
-	take, zero    bool
-}
-
-func (f *Filter) extent(off, n int64) (extent, error) {
-	m, ok := f.Node.(block.Mapper)
-	if !ok {
-		return extent{start: off, length: n, take: true}, nil
-	}
-	e, err := m.Map(off, n)
-	if err != nil {
-		return extent{}, err
-	}
-	if e.Length <= 0 || e.Length > n {
-		return extent{}, fmt.Errorf("the source names an extent of %d bytes at %d", e.Length, off)
-	}
-	// What lies behind the end of an image before the target is not the target's: it
-	// reads as zero.
-	take := f.o.Depth == 0 || e.Depth < f.o.Depth
-	return extent{start: off, length: e.Length, take: take, zero: e.Zero}, nil
-}
-
-func (f *Filter) copy(e extent, buf []byte) error {
-	if e.zero {
-		if f.o.TargetIsZero {
-			return nil
-		}
-		f.copied.Add(e.length)
-		return f.target.WriteZeroes(e.start, e.length, true)
-	}
-	data := buf[:e.length]
-	if err := f.Node.Readv([][]byte{data}, e.start); err != nil {
-		return err
-	}
-	if f.o.TargetIsZero && block.IsZero(data) {
-		return nil
-	}
-	f.copied.Add(e.length)
-	return f.target.Writev([][]byte{data}, e.start)
 }
 
 // span is the locks of n bytes: those from first to last, or, where first lies
@@ -333,6 +244,9 @@ func (f *Filter) send(how way, off, n int64, do func(to block.Node, off, n int64
 	}
 	if err := do(f.Node, off, n); err != nil || how == toSource {
 		return err
+	}
+	if f.late.put(off, n) {
+		return nil
 	}
 	f.mirrored.Add(n)
 	if err := do(f.target, off, n); err != nil {

@@ -22,6 +22,10 @@ type launcher struct {
 }
 
 func TestMain(m *testing.M) {
+	if job := os.Getenv(killedEnv); job != "" {
+		fmt.Println("error:", writeAndWork(job))
+		os.Exit(1)
+	}
 	for range cap(launchers) {
 		cmd := exec.Command("sh", "-c", `while read -r dir; read -r args; do cd "$dir" && eval "$args" >.out 2>.err; echo $?; done`)
 		in, err := cmd.StdinPipe()

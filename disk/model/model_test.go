@@ -485,7 +485,7 @@ func (d *model) consolidate() {
 	}
 	end := d.ending()
 	d.did("consolidate %d images, %s", depth, end)
-	c, err := mirror.Consolidate(d.root, mirror.Options{Depth: depth, Pause: d.pause(end != finish)})
+	c, err := mirror.Consolidate(d.root, mirror.Options{Depth: depth, Step: 64 << 10, Pause: d.pause(end != finish)})
 	if base.tail != nil && len(base.tail) < len(d.now) {
 		if err == nil {
 			d.fail("a disk of %d bytes is consolidated into %d", len(d.now), len(base.tail))
@@ -567,7 +567,7 @@ func (d *model) middle() {
 	end := d.ending()
 	d.did("delete images at depths %d to %d, %s", top, depth-1, end)
 	m, err := mirror.NewMiddle(d.root, mirror.MiddleOptions{
-		Options: mirror.Options{Depth: depth, Pause: d.pause(end != finish)}, Top: top, BackingFile: base.name,
+		Options: mirror.Options{Depth: depth, Step: 64 << 10, Pause: d.pause(end != finish)}, Top: top, BackingFile: base.name,
 	})
 	d.must(err)
 	d.run(m.Run)

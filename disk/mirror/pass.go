@@ -1,0 +1,229 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/gnomon-vmm/gnomon/disk/block"
+)
+
+const (
+	// What the pass copies at once, keeping writers from it. Each write to the host's
+	// page cache costs as much as copying some 100 KiB: fewer are faster.
+	defaultStep = 1 << 20
+
+	// While the disk is in use the pass rests restShare times as long as it works.
+	restShare = 2
+	minRest   = 100 * time.Microsecond
+	maxRest   = 5 * time.Millisecond
+	// How long after a request the disk counts as in use.
+	inUse = 20 * time.Millisecond
+	// How often a backlog is looked at when the pass is done.
+	lookInterval = time.Millisecond
+)
+
+// Run makes the pass. When it returns without an error the target holds all that
+// the disk reads as, and every later write goes to it too, until Err is not nil.
+func (f *Filter) Run(ctx context.Context) error {
+	if f.o.MayLag {
+		f.late.open()
+		defer f.late.close()
+	}
+	buf := make([]byte, f.o.Step)
+	for at := int64(0); at < f.Size(); {
+		if f.o.Pause != nil {
+			if err := f.o.Pause(); err != nil {
+				return err
+			}
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		begin := time.Now()
+		end, err := f.step(at, buf)
+		if err == nil {
+			err = f.catchUp(buf)
+		}
+		if err != nil {
+			f.fail(err)
+			return f.Err()
+		}
+		at = end
+		if f.o.Progress != nil {
+			f.o.Progress(at, f.Size())
+		}
+		f.rest(begin)
+	}
+	if f.o.MayLag {
+		return f.settle(buf)
+	}
+	return f.Err()
+}
+
+// rest leaves the host's processors to the disk's user after work since begin.
+// Short rests add up to one that the host's clocks can measure.
+func (f *Filter) rest(begin time.Time) {
+	now := time.Now()
+	if requests := f.requests.Load(); requests != f.seen {
+		f.seen, f.lastUse = requests, now
+	}
+	if !f.alwaysRest && now.Sub(f.lastUse) >= inUse {
+		f.owed = 0
+		return
+	}
+	if f.owed = min(f.owed+restShare*now.Sub(begin), maxRest); f.owed >= minRest {
+		time.Sleep(f.owed)
+		f.owed -= time.Since(now)
+	}
+}
+
+// step copies from at on, and returns how far it came: what nothing is held of is
+// passed over at once.
+func (f *Filter) step(at int64, buf []byte) (end int64, err error) {
+	if err := f.Err(); err != nil {
+		return 0, err
+	}
+	end = min(at+f.o.Step, f.Size())
+	if e, err := f.extent(at, f.Size()-at); err != nil {
+		return 0, err
+	} else if !e.take { // nor will it be, as writes there go to the target
+		end = max(end, (at+e.length)/clusterSize*clusterSize)
+	}
+	f.lock(at, end-at)
+	defer f.unlock(at, end-at)
+	for pos := at; pos < end; {
+		e, err := f.extent(pos, end-pos)
+		if err != nil {
+			return 0, err
+		}
+		if e.take {
+			if !e.zero {
+				e.length = min(e.length, f.o.Step)
+			}
+			if err := f.copy(e, buf, f.o.TargetIsZero, &f.copied); err != nil {
+				return 0, err
+			}
+			for c := pos / clusterSize; c <= (pos+e.length-1)/clusterSize; c++ {
+				f.held[c/64].Or(1 << (c % 64))
+			}
+		}
+		pos += e.length
+	}
+	f.cursor.Store(end)
+	return end, nil
+}
+
+// catchUp has the target get writes that wait, but no more than wait now.
+func (f *Filter) catchUp(buf []byte) error {
+	for range f.late.waiting() {
+		w, _ := f.late.take()
+		if err := f.repeat(w, buf); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// repeat has the target get what a write changed.
+func (f *Filter) repeat(w late, buf []byte) error {
+	for end := w.off + w.n; w.off < end; {
+		n := min(end-w.off, f.o.Step)
+		if err := f.repeatStep(w.off, n, buf); err != nil {
+			return err
+		}
+		w.off += n
+	}
+	return nil
+}
+
+func (f *Filter) repeatStep(off, n int64, buf []byte) error {
+	f.lock(off, n)
+	defer f.unlock(off, n)
+	for end := off + n; off < end; {
+		e, err := f.extent(off, end-off)
+		if err == nil && e.take {
+			err = f.copy(e, buf, false, &f.mirrored)
+		}
+		if err != nil {
+			return err
+		}
+		off += e.length
+	}
+	return nil
+}
+
+// settle makes durable what the target holds, while writes may lag still, and then
+// has it hold all.
+func (f *Filter) settle(buf []byte) error {
+	flushed := make(chan error, 1)
+	go func() { flushed <- f.target.Flush() }()
+	look := time.NewTicker(lookInterval)
+	defer look.Stop()
+	var failed error
+	for waits := true; waits; {
+		select {
+		case err := <-flushed:
+			failed, waits = errors.Join(failed, err), false
+		case <-look.C:
+			if failed == nil {
+				failed = f.catchUp(buf)
+			}
+		}
+	}
+	for _, w := range f.late.close() {
+		if failed == nil {
+			failed = f.repeat(w, buf)
+		}
+	}
+	if failed != nil {
+		f.fail(failed)
+	}
+	return f.Err()
+}
+
+// extent is what is done about length bytes.
+type extent struct {
+	start, length int64
+	take, zero    bool
+}
+
+func (f *Filter) extent(off, n int64) (extent, error) {
+	m, ok := f.Node.(block.Mapper)
+	if !ok {
+		return extent{start: off, length: n, take: true}, nil
+	}
+	e, err := m.Map(off, n)
+	if err != nil {
+		return extent{}, err
+	}
+	if e.Length <= 0 || e.Length > n {
+		return extent{}, fmt.Errorf("the source names an extent of %d bytes at %d", e.Length, off)
+	}
+	// What lies behind the end of an image before the target is not the target's: it
+	// reads as zero.
+	take := f.o.Depth == 0 || e.Depth < f.o.Depth
+	return extent{start: off, length: e.Length, take: take, zero: e.Zero}, nil
+}
+
+// copy has the target hold what the source does, and counts what was sent.
+func (f *Filter) copy(e extent, buf []byte, isZero bool, sent *atomic.Int64) error {
+	if e.zero {
+		if isZero {
+			return nil
+		}
+		sent.Add(e.length)
+		return f.target.WriteZeroes(e.start, e.length, true)
+	}
+	data := buf[:e.length]
+	if err := f.Node.Readv([][]byte{data}, e.start); err != nil {
+		return err
+	}
+	if isZero && block.IsZero(data) {
+		return nil
+	}
+	sent.Add(e.length)
+	return f.target.Writev([][]byte{data}, e.start)
+}
