@@ -212,7 +212,9 @@ func TestBadUseOfCheckpoints(t *testing.T) {
 		words  []string
 	}{
 		{"RestoreOfNothing", []string{"restore", "nowhere"}, 1, []string{"checkpoint nowhere", "no such file", "check the path"}},
-		{"RestoreOfText", []string{"restore", "text"}, 1, []string{"text", "not a checkpoint"}},
+		{"RestoreOfText", []string{"restore", "text"}, 1, []string{"text", "not a checkpoint", "gnomon checkpoint made"}},
+		{"RestoreOfNone", []string{"restore"}, 2, []string{"0 arguments", "gnomon restore FILE"}},
+		{"CommitOfNothing", []string{"checkpoint", "commit", "nowhere"}, 1, []string{"overlay nowhere", "no such file", "check the path"}},
 		{"InfoOfNothing", []string{"checkpoint", "info", "nowhere"}, 1, []string{"checkpoint nowhere", "no such file", "check the path"}},
 		{"VerifyOfNothing", []string{"checkpoint", "verify", "nowhere"}, 1, []string{"checkpoint nowhere", "no such file", "check the path"}},
 		{"FlattenOfNothing", []string{"checkpoint", "flatten", "nowhere", "--to", "x"}, 1, []string{"checkpoint nowhere", "no such file", "check the path"}},

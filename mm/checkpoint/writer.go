@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -106,13 +107,31 @@ func create(path string, o CreateOptions) (*Writer, error) {
 	}
 	file, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*.partial")
 	if err != nil {
-		return nil, err
+		return nil, advise(err)
 	}
 	w.out.init(file, &w.mu)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.out.add(head, 0)
 	return w, nil
+}
+
+// advise says what to do about a file that cannot be made or written. Its name until
+// it is complete tells the user nothing.
+func advise(err error) error {
+	var path *fs.PathError
+	if errors.As(err, &path) {
+		err = path.Err
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%w: make its directory first", err)
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w: choose a directory that you may write", err)
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return fmt.Errorf("%w: make room, or choose another place", err)
+	}
+	return err
 }
 
 func (w *Writer) setParent(parent string) error {
@@ -193,7 +212,7 @@ func (w *Writer) failed() error {
 	case w.err != nil:
 		return w.err
 	case w.out.err != nil:
-		return w.failLocked(w.out.err)
+		return w.failLocked(advise(w.out.err))
 	case w.ended:
 		return w.failLocked(errEnded)
 	}

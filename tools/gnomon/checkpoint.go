@@ -108,7 +108,7 @@ machine. gnomon restore starts a machine from the file.`,
 			return fmt.Errorf("result of __org.gnomon_query-checkpoint: %w", err)
 		}
 		out := cmd.OutOrStdout()
-		fmt.Fprintf(out, "%s: %.1f MiB in %s, machine paused for %s\n", r.File, float64(r.FileBytes)/(1<<20),
+		fmt.Fprintf(out, "%s: %s in %s, machine paused for %s\n", r.File, mebibytes(r.FileBytes),
 			time.Duration(r.TotalNS).Round(time.Millisecond), time.Duration(r.PauseNS).Round(10*time.Microsecond))
 		for _, d := range r.Disks {
 			if d.Overlay != "" {
@@ -130,6 +130,9 @@ func newCommitCommand() *cobra.Command {
 image as it was cannot be restored afterwards. The overlay stays, and holds nothing new any more.`,
 		Args: usageArgs(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if _, err := os.Stat(args[0]); err != nil {
+				return explainMissing("overlay", args[0], err)
+			}
 			bar := newProgress("committing")
 			defer bar.Finish()
 			return qcow2.Commit(cmd.Context(), args[0], bar.Set)

@@ -28,10 +28,14 @@ func openCheckpoint(path string) (*checkpoint.Reader, error) {
 	return r, explainNoCheckpoint(path, err)
 }
 
-// explainNoCheckpoint says what to do about a checkpoint that is not there; its
-// parents' errors say it themselves.
+// explainNoCheckpoint says what to do about a checkpoint that is not there, or none;
+// its parents' errors say it themselves.
 func explainNoCheckpoint(path string, err error) error {
-	if _, missing := os.Stat(path); err == nil || missing == nil {
+	_, missing := os.Stat(path)
+	switch {
+	case errors.Is(err, checkpoint.ErrFormat):
+		return fmt.Errorf("%w: name one that gnomon checkpoint made", err)
+	case err == nil || missing == nil:
 		return err
 	}
 	return explainMissing("checkpoint", path, err)
@@ -75,7 +79,8 @@ func newCheckpointInfoCommand() *cobra.Command {
 			}
 			fmt.Fprintf(w, "size:\t%s\n", mebibytes(f.FileBytes))
 			fmt.Fprintf(w, "memory:\t%s\n", mebibytes(f.MemoryBytes))
-			fmt.Fprintf(w, "pages:\t%d in %d blocks of %s; %d zero, %d duplicate\n", f.DataPages, f.Blocks, mebibytes(f.BlockBytes), f.ZeroPages, f.DuplicatePages)
+			fmt.Fprintf(w, "pages:\t%d: %d in %d blocks of %s, %d zero, %d duplicate\n", f.DataPages+f.ZeroPages+f.DuplicatePages,
+				f.DataPages, f.Blocks, mebibytes(f.BlockBytes), f.ZeroPages, f.DuplicatePages)
 			for _, s := range f.Sections {
 				fmt.Fprintf(w, "section:\t%s version %d, %d bytes\n", s.Name, s.Version, s.Size)
 			}
@@ -85,7 +90,13 @@ func newCheckpointInfoCommand() *cobra.Command {
 	return cmd
 }
 
-func mebibytes(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }
+// mebibytes is a size in MiB, or in KiB where that would be nothing.
+func mebibytes(n int64) string {
+	if n < 1<<20 {
+		return fmt.Sprintf("%.1f KiB", float64(n)/(1<<10))
+	}
+	return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
+}
 
 func newCheckpointVerifyCommand() *cobra.Command {
 	cmd := &cobra.Command{
@@ -213,7 +224,9 @@ OUT must not exist, and is there only when it is complete.`,
 		}
 		if *section != "" {
 			_, data, err := r.Section(*section)
-			if err != nil {
+			if errors.Is(err, checkpoint.ErrMissing) {
+				return fmt.Errorf("%w: gnomon checkpoint info %s lists them", err, args[0])
+			} else if err != nil {
 				return err
 			}
 			if *to == "" {
@@ -237,7 +250,7 @@ func writeNewFile(path string, write func(*os.File) error) error {
 	}
 	out, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*.partial")
 	if err != nil {
-		return err
+		return adviseOnPath(err)
 	}
 	defer os.Remove(out.Name()) // in vain once it has its name
 	defer out.Close()

@@ -137,10 +137,14 @@ and gnomon qmp find it and drive it from another terminal.`,
 // usageArgs makes a wrong number of arguments a usage error.
 func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
-			return usageError(err)
+		err := check(cmd, args)
+		if err == nil {
+			return nil
 		}
-		return nil
+		if !strings.HasPrefix(err.Error(), "unknown command") {
+			err = fmt.Errorf("%d arguments were given: the command is %s", len(args), cmd.UseLine())
+		}
+		return usageError(err)
 	}
 }
 

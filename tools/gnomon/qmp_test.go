@@ -97,7 +97,7 @@ func TestQMPErrors(t *testing.T) {
 		{[]string{path, "test-echo", "name"}, "", "KEY=VALUE"},
 		{[]string{path + "x", "test-echo"}, "", "gnomon ps"},
 		{[]string{path, "--output", "xml"}, "", "--output"},
-		{nil, "", "requires at least 1 arg"},
+		{nil, "", "0 arguments were given: the command is qmp MACHINE"},
 	} {
 		out, err := gnomonQMP(t, test.in, test.args...)
 		if err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "\n") || out != "" {

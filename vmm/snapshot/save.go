@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"sync"
 	"time"
@@ -322,6 +323,9 @@ func (s *Saver) checkParent(path string) error {
 		return nil
 	}
 	p, err := checkpoint.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: %s is not there: name the machine's last checkpoint, or save everything", checkpoint.ErrParent, path)
+	}
 	if err != nil {
 		return err
 	}
