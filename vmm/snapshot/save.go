@@ -65,6 +65,10 @@ type SaveOptions struct {
 	Disks Disks
 	// Tag is in the names of overlays and copies; "": the file's name.
 	Tag string
+	// SideCopies is how many pages may be kept aside for the checkpoint that the
+	// guest writes before they are saved; 0 means 8192, 32 MiB. With fewer the guest
+	// waits more often.
+	SideCopies int
 	// Progress, where not nil, is told how many bytes of memory are done.
 	Progress func(done, total int64)
 }
@@ -149,7 +153,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 		return nil, err
 	}
 	defer w.Abort()
-	c, err := capture.New(mem, capture.Options{})
+	c, err := capture.New(mem, capture.Options{SideCopies: o.SideCopies})
 	if err != nil {
 		return nil, err
 	}
@@ -186,7 +190,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 	if err := c.Arm(only); err != nil {
 		return nil, err
 	}
-	if c, err = s.settle(c, only); err != nil {
+	if c, err = s.settle(c, only, o); err != nil {
 		return nil, err
 	}
 	defer c.Close()
@@ -239,7 +243,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 
 // settle has c take in what was written since it was armed, so that little is
 // left to the pause. The capture it returns may be another.
-func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap) (*capture.Capture, error) {
+func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap, o SaveOptions) (*capture.Capture, error) {
 	if only == nil {
 		return c, c.Rearm()
 	}
@@ -258,7 +262,7 @@ func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap) (*capture.Capture
 		return c, c.Rearm()
 	}
 	// The guest writes faster than pages can be copied.
-	protecting, err := capture.New(s.m.Memory(), capture.Options{Protect: true})
+	protecting, err := capture.New(s.m.Memory(), capture.Options{SideCopies: o.SideCopies, Protect: true})
 	if err != nil {
 		return c, err
 	}

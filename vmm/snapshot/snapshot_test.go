@@ -206,8 +206,14 @@ func badOf(t testing.TB, results probe.Results) (bad uint64, reports int) {
 // and by what changed; each checkpoint is an instant from which it goes on
 // and finds every page as it last wrote it.
 func TestSavedWhileItWrites(t *testing.T) {
+	t.Run("copied early", func(t *testing.T) { testSavedWhileItWrites(t, 0) })
+	// What a child holds is protected then, and the guest goes on to write other pages.
+	t.Run("protected", func(t *testing.T) { testSavedWhileItWrites(t, 64) })
+}
+
+func testSavedWhileItWrites(t *testing.T, sideCopies int) {
 	dir := t.TempDir()
-	r := start(t, "touch size=48M op=write; wait by=mailbox; dirty size=48M seed=5 ms=4000", func(c *vmm.Config) { c.Memory = 96 << 20 })
+	r := start(t, "touch size=48M op=write; wait by=mailbox; dirty size=48M seed=5 ms=2000", func(c *vmm.Config) { c.Memory = 96 << 20 })
 	saver := snapshot.NewSaver(r.Machine, nil, nil)
 	r.serial.waitFor(t, "wait for=line")
 	r.release(t)
@@ -216,7 +222,7 @@ func TestSavedWhileItWrites(t *testing.T) {
 	parent := ""
 	for i := range 6 {
 		path := filepath.Join(dir, string(rune('a'+i)))
-		o := snapshot.SaveOptions{Parent: parent, Stop: i == 4}
+		o := snapshot.SaveOptions{Parent: parent, Stop: i == 4, SideCopies: sideCopies}
 		if i == 3 {
 			o.Parent = "" // and once more whole
 		}
