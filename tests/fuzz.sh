@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs every fuzz target of the module, two at a time: what takes a guest's, a
+# Runs every fuzz target of the module, three at a time: what takes a guest's, a
 # file's or a peer's own format for the given time (default 30s), the others for a
 # twentieth of the seconds. A target that finds something fails the run and leaves its
 # input under the package's testdata/fuzz, to be committed with the mend.
@@ -27,4 +27,4 @@ grep -rlE '^func Fuzz[A-Z]' --include='*_test.go' . | sort | while read -r file;
 		echo "$target" "$for_seconds" "$package"
 	done
 done | sort -s -k 2,2nr | # the longest first: none is left to run alone
-	xargs -P 2 -L 1 sh -c "$fuzz" fuzz
+	xargs -P 3 -L 1 sh -c "$fuzz" fuzz
