@@ -49,6 +49,7 @@ type Filter struct {
 	pool   sync.Pool           // of *[batch * clusterSize]byte
 	bytes  atomic.Int64        // written to the target
 	broken atomic.Bool         // nothing is copied any more, because of err
+	failed chan struct{}       // closed when broken is set
 	mu     sync.Mutex
 	err    error // the first that copying met; guarded by mu
 }
@@ -64,7 +65,7 @@ func New(disk, target block.Node, o Options) (*Filter, error) {
 		return nil, fmt.Errorf("%w: the disk has %d bytes, the target %d", ErrCopy, disk.Size(), target.Size())
 	}
 	clusters := (disk.Size() + clusterSize - 1) / clusterSize
-	f := &Filter{Node: disk, target: target, o: o, copied: make([]atomic.Uint64, (clusters+63)/64)}
+	f := &Filter{Node: disk, target: target, o: o, copied: make([]atomic.Uint64, (clusters+63)/64), failed: make(chan struct{})}
 	f.pool.New = func() any { return new([batch * clusterSize]byte) }
 	return f, nil
 }
@@ -108,10 +109,11 @@ func (f *Filter) Copy(ctx context.Context, progress func(done, total int64)) err
 // fail ends the copying, not the disk.
 func (f *Filter) fail(err error) {
 	f.mu.Lock()
+	defer f.mu.Unlock()
 	if f.err == nil {
 		f.err = err
+		close(f.failed)
 	}
-	f.mu.Unlock()
 	f.broken.Store(true)
 }
 

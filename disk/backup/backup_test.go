@@ -184,3 +184,91 @@ func TestOverwrites(t *testing.T) {
 		}
 	}
 }
+
+// An instant reads as the disk was, while the disk is written, until it ends; and it
+// says so when what is about to change cannot be kept.
+func TestInstant(t *testing.T) {
+	for seed := range uint64(4) {
+		old := random(seed)
+		root := block.NewRoot(disk(t, old))
+		i := backup.NewInstant(root, disk(t, make([]byte, size)))
+		if err := i.Readv([][]byte{make([]byte, 512)}, 0); !errors.Is(err, backup.ErrNoInstant) {
+			t.Errorf("before the instant: %v", err)
+		}
+		var f *backup.Filter
+		root.Drained(func(current block.Node) block.Node {
+			var err error
+			if f, err = i.Begin(current, backup.Options{}); err != nil {
+				t.Fatal(err)
+			}
+			return f
+		})
+		var all sync.WaitGroup
+		for w := range uint64(3) {
+			all.Go(func() {
+				r := rand.New(rand.NewPCG(seed, w))
+				for range 300 {
+					n := 1 + r.Int64N(200<<10)
+					off := r.Int64N(size - n)
+					var err error
+					switch r.IntN(8) {
+					case 0:
+						err = root.WriteZeroes(off, n, true)
+					case 1:
+						err = root.Discard(off, n)
+					default:
+						err = root.Writev([][]byte{bytes.Repeat([]byte{byte(r.Uint32())}, int(n))}, off)
+					}
+					if err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		for w := range uint64(2) {
+			all.Go(func() {
+				r := rand.New(rand.NewPCG(seed, 10+w))
+				for range 300 {
+					got := make([]byte, 1+r.Int64N(300<<10))
+					off := r.Int64N(size - int64(len(got)))
+					if err := i.Readv([][]byte{got[:len(got)/2], got[len(got)/2:]}, off); err != nil || !bytes.Equal(got, old[off:][:len(got)]) {
+						t.Errorf("%d bytes at %d are not those of the instant: %v", len(got), off, err)
+					}
+				}
+			})
+		}
+		all.Wait()
+		if !bytes.Equal(content(i), old) {
+			t.Error("the instant changed")
+		}
+		if bytes.Equal(content(root), old) {
+			t.Error("nothing was written")
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		if err := f.Wait(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("cancelled: %v", err)
+		}
+		if err := i.Readv([][]byte{make([]byte, 512)}, 0); !errors.Is(err, backup.ErrCopy) {
+			t.Errorf("after the instant: %v", err)
+		}
+		if err := i.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	root := block.NewRoot(disk(t, random(1)))
+	i := backup.NewInstant(root, failing{disk(t, make([]byte, size))})
+	f, err := i.Begin(root.Current(), backup.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Writev([][]byte{{1}}, 5); err != nil {
+		t.Errorf("the disk does not go on: %v", err)
+	}
+	if err := errors.Join(f.Wait(context.Background())); !errors.Is(err, errFull) {
+		t.Errorf("what could not be kept: %v", err)
+	}
+	if err := i.Readv([][]byte{make([]byte, 512)}, 1<<20); !errors.Is(err, errFull) {
+		t.Errorf("an instant of which something was not kept: %v", err)
+	}
+}

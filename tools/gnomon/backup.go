@@ -30,12 +30,13 @@ type backupFlags struct {
 	application      string
 	diskFormat       string
 	output           string
+	serve            pullFlags
 }
 
 func newBackupCommand() *cobra.Command {
 	f := &backupFlags{}
 	cmd := &cobra.Command{
-		Use:   "backup MACHINE|FILE [DISK] --to FILE|--into DIRECTORY",
+		Use:   "backup MACHINE|FILE [DISK] --to FILE|--into DIRECTORY|--serve ADDRESS",
 		Short: "Copy a disk as it is now, or only what changed since the last time",
 		Long: `Copy a disk as it is at this instant: a running machine's, Gnomon's or QEMU's, which goes on writing meanwhile, or one that
 no machine uses.
@@ -44,11 +45,17 @@ With --to a running machine's disk is copied to an image; with --sync top only w
 
 With --into the backup is added to those in a directory. With --incremental it has only what changed since the newest of
 them, and lies on it; where that is not known it has all, and it is said why. The machine keeps a dirty bitmap for this (on
-a qcow2 disk it outlives the machine). Of a disk that no machine uses the changes are known from --disk ...,changes=on.`,
+a qcow2 disk it outlives the machine). Of a disk that no machine uses the changes are known from --disk ...,changes=on.
+
+With --serve the disk as it is now can be fetched by NBD, until this is interrupted, by other backup programs: the machine
+serves it at unix:PATH or localhost:PORT, and keeps what it writes over in a scratch image meanwhile. With --since NAME what
+changed since is told too, as qemu:dirty-bitmap:changed: NAME is a dirty bitmap of the machine's, such as an earlier --mark
+NAME made at the instant that was served then.`,
 		Example: `  gnomon backup vm1 --to monday.qcow2
   gnomon backup vm1 --into /backups/vm1 --incremental
   gnomon backup disk.img --into /backups/vm1 --incremental
-  gnomon backup restore /backups/vm1 disk.img`,
+  gnomon backup restore /backups/vm1 disk.img
+  gnomon backup vm1 --serve unix:/tmp/vm1.sock --since monday --mark tuesday`,
 		Args: usageArgs(cobra.RangeArgs(1, 2)),
 	}
 	flags := cmd.Flags()
@@ -62,7 +69,11 @@ a qcow2 disk it outlives the machine). Of a disk that no machine uses the change
 	completeFlag(cmd, "sync", "full", "top")
 	completeFlag(cmd, "format", "qcow2", "raw")
 	completeFlag(cmd, "disk-format", disk.FormatRaw, disk.FormatQcow2)
-	cmd.MarkFlagsMutuallyExclusive("to", "into")
+	f.serve.add(flags)
+	cmd.MarkFlagsMutuallyExclusive("to", "into", "serve")
+	cmd.MarkFlagsMutuallyExclusive("serve", "incremental")
+	cmd.MarkFlagsMutuallyExclusive("serve", "sync")
+	cmd.MarkFlagsMutuallyExclusive("serve", "format")
 	cmd.MarkFlagsMutuallyExclusive("to", "incremental")
 	cmd.MarkFlagsMutuallyExclusive("sync", "into")
 	cmd.MarkFlagsMutuallyExclusive("format", "into")
@@ -75,8 +86,14 @@ a qcow2 disk it outlives the machine). Of a disk that no machine uses the change
 		info, err := os.Stat(args[0])
 		atRest := err == nil && info.Mode()&(os.ModeSocket|os.ModeDir) == 0
 		switch {
+		case f.serve.address != "" && atRest:
+			return usageError(fmt.Errorf("%s is a disk that no machine uses: serve it by gnomon disk serve", args[0]))
+		case f.serve.address != "":
+			return onDisk(f.serve.run)(cmd, args)
+		case f.serve.since != "" || f.serve.mark != "" || f.serve.scratch != "":
+			return usageError(errors.New("--since, --mark and --scratch without --serve: say where the disk is to be served"))
 		case f.to == "" && f.into == "":
-			return usageError(errors.New("no --to and no --into: name the image to make, or the directory of backups"))
+			return usageError(errors.New("no --to, --into or --serve: name the image to make, the directory of backups, or where to serve the disk"))
 		case f.to != "" && atRest:
 			return usageError(fmt.Errorf("%s is a disk that no machine uses: copy it by gnomon disk convert, or use --into", args[0]))
 		case f.to != "":

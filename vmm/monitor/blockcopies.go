@@ -31,6 +31,7 @@ const (
 	syncTop         syncMode = "top"
 	syncIncremental syncMode = "incremental"
 	syncBitmap      syncMode = "bitmap"
+	syncNone        syncMode = "none"
 
 	bitmapOnSuccess bitmapMode = "on-success"
 	bitmapNever     bitmapMode = "never"
@@ -41,7 +42,7 @@ func (newImageMode) Values() []string {
 }
 
 func (syncMode) Values() []string {
-	return []string{string(syncFull), string(syncTop), string(syncIncremental), string(syncBitmap)}
+	return []string{string(syncFull), string(syncTop), string(syncIncremental), string(syncBitmap), string(syncNone)}
 }
 
 func (bitmapMode) Values() []string { return []string{string(bitmapOnSuccess), string(bitmapNever)} }
@@ -200,7 +201,7 @@ func (mon *monitor) nodeTarget(name string) *target {
 		if err != nil {
 			return err
 		}
-		if e.readOnly {
+		if _, instant := e.node.(*backup.Instant); instant || e.readOnly {
 			mon.drop(e, w.user())
 			return qmp.Errorf("Block node is read-only")
 		}
@@ -322,6 +323,9 @@ func (mon *monitor) blockdevBackup(s *qmp.Session, a blockdevBackupArguments) (*
 	if err != nil {
 		return nil, err
 	}
+	if a.Sync == syncNone && a.Bitmap == nil {
+		return mon.keepInstant(s, d, a)
+	}
 	return mon.backup(s, d, a.jobArguments, a.Sync, a.Bitmap, a.BitmapMode, mon.nodeTarget(a.Target))
 }
 
@@ -329,6 +333,8 @@ func (mon *monitor) blockdevBackup(s *qmp.Session, a blockdevBackupArguments) (*
 func (mon *monitor) backup(s *qmp.Session, d vmm.AttachedDisk, a jobArguments, sync syncMode, bitmap *string, how *bitmapMode, t *target) (*change, error) {
 	byBitmap := sync == syncIncremental || sync == syncBitmap
 	switch {
+	case sync == syncNone && bitmap == nil:
+		return nil, qmp.Errorf("sync 'none' is possible by blockdev-backup, to an image that lies on the disk's node")
 	case byBitmap && bitmap == nil:
 		return nil, qmp.Errorf("must provide a valid bitmap name for '%s' sync mode", sync)
 	case !byBitmap && bitmap != nil:

@@ -180,6 +180,8 @@ func (mon *monitor) checkOptions(o *blockdevOptions, names map[string]bool, dept
 				return qmp.Errorf("Invalid parameter type for 'backing', expected: string, object or null")
 			case b.Reference != nil && *b.Reference == "":
 				return nil // as null, in QEMU too
+			case b.Reference != nil && mon.rootOf(*b.Reference) != nil:
+				return nil // an instant of it
 			case b.Null == nil:
 				return mon.checkRef(b.Reference, b.Definition, names, depth, nil)
 			}
@@ -334,7 +336,11 @@ func (op *opening) openQcow2(e *graphNode, o *qcow2Options) (err error) {
 		return err
 	}
 	override, under := o.Backing != nil, (*graphNode)(nil)
-	if override && o.Backing.Null == nil && (o.Backing.Reference == nil || *o.Backing.Reference != "") {
+	var of *block.Root // where it is to be an instant of a disk
+	if override && o.Backing.Reference != nil {
+		of = op.mon.rootOf(*o.Backing.Reference)
+	}
+	if of == nil && override && o.Backing.Null == nil && (o.Backing.Reference == nil || *o.Backing.Reference != "") {
 		if under, err = op.child(o.Backing.Reference, o.Backing.Definition, true); err != nil {
 			return err
 		}
@@ -354,7 +360,12 @@ func (op *opening) openQcow2(e *graphNode, o *qcow2Options) (err error) {
 	}
 	e.file.node = nil
 	image, err := openImage(e.file.path(), e.readOnly, override, backing)
+	e.node, e.under = image, under
+	if err == nil && of != nil {
+		e.node, err = instantOf(of, image)
+	}
 	if err != nil {
+		e.node, e.under = nil, nil
 		again, openErr := openFile(e.file.path(), e.file.readOnly)
 		if openErr != nil {
 			e.file.gone, again = true, nil
@@ -363,7 +374,6 @@ func (op *opening) openQcow2(e *graphNode, o *qcow2Options) (err error) {
 		e.file.node = again
 		return err
 	}
-	e.node, e.under = image, under
 	return nil
 }
 

@@ -238,15 +238,19 @@ func (mon *monitor) addExport(a exportArguments) error {
 		e.Node = d.Root
 	} else {
 		by := "block export: " + a.ID
-		node, err := mon.take(a.NodeName, by)
+		node, err := mon.takeInstant(a.NodeName, by)
+		if node == nil && err == nil {
+			node, err = mon.take(a.NodeName, by)
+		}
 		if err != nil {
 			return err
 		}
 		made.free = func() { mon.drop(node, by) }
-		if e.Node = node.node; !e.ReadOnly && node.readOnly {
+		if e.Node = node.node; !e.ReadOnly && (node.readOnly || node.node.ReadOnly()) {
 			made.free()
 			return qmp.Errorf("Block node is read-only")
 		}
+		d = mon.diskOf(node.node)
 	}
 	if err := mon.exportBitmaps(made, &e, d, a); err != nil {
 		made.free()

@@ -55,7 +55,7 @@ type graphNode struct {
 // identity is a node that can be looked up; others have no names.
 func identity(n block.Node) (block.Node, bool) {
 	switch n := n.(type) {
-	case *qcow2.Node, *raw.Node, *rawFormat, *rawOther, *nbd.Client, *nullNode:
+	case *qcow2.Node, *raw.Node, *rawFormat, *rawOther, *nbd.Client, *nullNode, *backup.Instant:
 		return n, true
 	}
 	return nil, false
