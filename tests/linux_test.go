@@ -79,6 +79,7 @@ func TestLinux(t *testing.T) {
 		{"Disk", testDisk},
 		{"ReadOnlyDisk", testReadOnlyDisk},
 		{"Discard", testDiscard},
+		{"HotPlug", testHotPlug},
 		{"BothCPUs", testBothCPUs},
 		{"TimeStandsStill", testTimeStandsStill},
 		{"Reboot", testReboot},
