@@ -38,10 +38,11 @@ func TestChangesOfDisks(t *testing.T) {
 	}
 	for _, format := range []string{"raw", "qcow2"} {
 		t.Run(format, func(t *testing.T) {
-			img := filepath.Join(t.TempDir(), "disk."+format)
+			dir := t.TempDir()
+			img, machine := filepath.Join(dir, "disk."+format), filepath.Join(dir, "qmp.sock")
 			qemuImg(ctx, t, "create", "-q", "-f", format, img, "64M")
 			run := func(words string) (*process, func()) {
-				p, serial := launchProgram(t, gnomon, "run", "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file="+img+",changes=on")
+				p, serial := launchProgram(t, gnomon, "run", "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file="+img+",changes=on", "--qmp", "unix:"+machine)
 				if strings.Contains(words, "wait") {
 					readUntil(serial, "probe: wait")
 					return p, func() {}
@@ -70,6 +71,20 @@ func TestChangesOfDisks(t *testing.T) {
 			if out, err := exec.CommandContext(ctx, gnomon, "disk", "changes", img).CombinedOutput(); err == nil || !strings.Contains(string(out), "in use") {
 				t.Errorf("while it is in use: %v, %s", err, out)
 			}
+			if c := changesOf(ctx, t, machine, "hourly"); c.All || c.Bytes != 1<<20 || len(c.Extents) != 1 || c.Extents[0].Start != 0 || c.Extents[0].Length != 1<<20 {
+				t.Errorf("of the machine: %+v", c)
+			}
+			if c := changesOf(ctx, t, machine, "weekly"); !c.All || c.Bytes != 64<<20 || !strings.Contains(c.Reason, "no earlier backup") {
+				t.Errorf("of the machine, without a backup: %+v", c)
+			}
+			command(ctx, t, "disk", "changes", machine, "disk0", "--application", "weekly", "--reset")
+			if c := changesOf(ctx, t, machine, "weekly"); c.All || c.Bytes != 0 || len(c.Extents) != 0 {
+				t.Errorf("of the machine, just backed up: %+v", c)
+			}
+			if out := command(ctx, t, "disk", "changes", machine, "--list"); strings.Count(out, "known") != 3 || !strings.Contains(out, "weekly") {
+				t.Errorf("of the machine: %s", out)
+			}
+			command(ctx, t, "disk", "changes", machine, "--application", "weekly", "--forget")
 			if err := killed.Process.Kill(); err != nil {
 				t.Fatal(err)
 			}

@@ -13,6 +13,7 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/changes"
+	"github.com/gnomon-vmm/gnomon/qmp/client"
 )
 
 // changesReport is what gnomon disk changes prints of an application.
@@ -39,14 +40,16 @@ type applicationReport struct {
 
 func newDiskChangesCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "changes FILE [--application NAME [--since-last|--reset|--forget]] [--list]",
+		Use:   "changes FILE|MACHINE [DISK] [--application NAME [--since-last|--reset|--forget]] [--list]",
 		Short: "Tell which parts of a disk changed since an application's last backup",
 		Long: `Tell which parts of a disk changed since an application's last backup, as --disk file=FILE,changes=on had them recorded in
-FILE.changes. Any number of applications have their own. No machine uses the disk meanwhile. Where it is not known what
-changed (the first time, or when the disk was written without recording) all of it is told, and why.`,
+FILE.changes. Any number of applications have their own. Where it is not known what changed (the first time, or when the
+disk was written without recording) all of it is told, and why. Of a disk that is in use name the machine: what has changed
+up to now is told.`,
 		Example: `  gnomon disk changes disk.img --application offsite
-  gnomon disk changes disk.img --application offsite --reset   # it has been backed up`,
-		Args: usageArgs(cobra.ExactArgs(1)),
+  gnomon disk changes disk.img --application offsite --reset   # it has been backed up
+  gnomon disk changes vm1 disk0 --application offsite`,
+		Args: usageArgs(cobra.RangeArgs(1, 2)),
 	}
 	flags := cmd.Flags()
 	format := addFormatFlag(cmd, "format", "f", "`format`: raw|qcow2 (default: what the name says)")
@@ -65,13 +68,24 @@ changed (the first time, or when the disk was written without recording) all of 
 		if !*list && *application == "" {
 			return usageError(errors.New("no --application: name the one that is meant"))
 		}
+		q := changesQuery{*application, *list, *reset, *forget, *output}
+		if info, err := os.Stat(args[0]); err != nil || info.Mode()&os.ModeSocket != 0 {
+			return onDisk(q.running)(cmd, args)
+		}
+		if len(args) == 2 {
+			return usageError(fmt.Errorf("%s is a disk: leave out %s", args[0], args[1]))
+		}
 		if _, err := os.Stat(changes.Path(args[0])); errors.Is(err, fs.ErrNotExist) && !*reset {
 			return fmt.Errorf("%s: its changes are not recorded: use it with --disk file=%s,changes=on", args[0], args[0])
 		}
 		return withChanges(args[0], *format, func(n block.Node, r *changes.Recorder) error {
 			switch {
 			case *list:
-				return printApplications(cmd, r, *output)
+				all := []applicationReport{}
+				for _, a := range r.Applications() {
+					all = append(all, applicationReport{a.Name, a.Time, a.Epoch == 0})
+				}
+				return printApplications(cmd, all, *output)
 			case *forget:
 				return r.Forget(*application)
 			}
@@ -82,10 +96,46 @@ changed (the first time, or when the disk was written without recording) all of 
 			if *reset {
 				return s.Commit()
 			}
-			return printChanges(cmd, s, r.BlockSize(), *output)
+			report := changesReport{
+				Application: s.Application, All: s.Changed == nil, Reason: s.Reason, BlockSize: r.BlockSize(), Bytes: s.Bytes(), Extents: []changeExtent{},
+			}
+			for off, n := range s.Extents() {
+				report.Extents = append(report.Extents, changeExtent{off, n})
+			}
+			return printChanges(cmd, report, *output)
 		})
 	}
 	return cmd
+}
+
+// changesQuery is what is asked about a running machine's disk.
+type changesQuery struct {
+	application         string
+	list, reset, forget bool
+	output              string
+}
+
+func (q *changesQuery) running(cmd *cobra.Command, c *client.Client, d *attachedDisk) error {
+	args := map[string]any{"device": d.ref()}
+	if q.list {
+		all := []applicationReport{}
+		if err := c.Execute(cmd.Context(), "__org.gnomon_disk-changes-list", args, &all); err != nil {
+			return err
+		}
+		return printApplications(cmd, all, q.output)
+	}
+	args["application"] = q.application
+	switch {
+	case q.forget:
+		return c.Execute(cmd.Context(), "__org.gnomon_disk-changes-forget", args, nil)
+	case q.reset:
+		return c.Execute(cmd.Context(), "__org.gnomon_disk-changes-reset", args, nil)
+	}
+	report := changesReport{Application: q.application}
+	if err := c.Execute(cmd.Context(), "__org.gnomon_disk-changes", args, &report); err != nil {
+		return err
+	}
+	return printChanges(cmd, report, q.output)
 }
 
 // withChanges calls f with a disk that no machine uses and what has recorded its
@@ -98,7 +148,7 @@ func withChanges(path, format string, f func(block.Node, *changes.Recorder) erro
 	r, err := changes.Open(changes.Path(path), n, changes.Options{})
 	if err != nil {
 		if errors.Is(err, block.ErrInUse) {
-			err = fmt.Errorf("%w: end that machine first", err)
+			err = fmt.Errorf("%w: name that machine instead of the disk, or end it", err)
 		}
 		return errors.Join(err, n.Close())
 	}
@@ -106,11 +156,7 @@ func withChanges(path, format string, f func(block.Node, *changes.Recorder) erro
 	return errors.Join(err, n.Close(), r.Close())
 }
 
-func printApplications(cmd *cobra.Command, r *changes.Recorder, output string) error {
-	all := []applicationReport{}
-	for _, a := range r.Applications() {
-		all = append(all, applicationReport{a.Name, a.Time, a.Epoch == 0})
-	}
+func printApplications(cmd *cobra.Command, all []applicationReport, output string) error {
 	if output == "json" {
 		return printJSON(cmd.OutOrStdout(), all)
 	}
@@ -126,13 +172,7 @@ func printApplications(cmd *cobra.Command, r *changes.Recorder, output string) e
 	return w.Flush()
 }
 
-func printChanges(cmd *cobra.Command, s *changes.Set, blockSize int64, output string) error {
-	report := changesReport{
-		Application: s.Application, All: s.Changed == nil, Reason: s.Reason, BlockSize: blockSize, Bytes: s.Bytes(), Extents: []changeExtent{},
-	}
-	for off, n := range s.Extents() {
-		report.Extents = append(report.Extents, changeExtent{off, n})
-	}
+func printChanges(cmd *cobra.Command, report changesReport, output string) error {
 	if output == "json" {
 		return printJSON(cmd.OutOrStdout(), report)
 	}
@@ -145,7 +185,7 @@ func printChanges(cmd *cobra.Command, s *changes.Set, blockSize int64, output st
 		return err
 	}
 	if report.All {
-		fmt.Fprintf(cmd.ErrOrStderr(), "all of the disk counts as changed: %s\n", s.Reason)
+		fmt.Fprintf(cmd.ErrOrStderr(), "all of the disk counts as changed: %s\n", report.Reason)
 	}
 	return nil
 }

@@ -39,6 +39,7 @@ type monitor struct {
 	bitmaps     dirtyBitmaps
 	graph       graph
 	exports     exports
+	plugging    sync.Mutex // held while a disk is plugged in: one at a time
 
 	mu   sync.Mutex
 	dump dumpState // guarded by mu
@@ -80,6 +81,7 @@ func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server,
 	mon.registerStream(reg)
 	mon.registerTransaction(reg)
 	mon.registerExports(reg)
+	mon.registerChanges(reg)
 	mon.registerThrottling(reg)
 	mon.registerDevices(reg)
 	mon.registerHotplug(reg)
