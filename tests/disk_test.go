@@ -154,7 +154,10 @@ func TestDisksOfMachines(t *testing.T) {
 				}
 			}
 			command(ctx, t, "backup", machine, "disk0", "--to", at("top.qcow2"), "--sync", "top")
-			if out := command(ctx, t, "disk", "consolidate", machine); !strings.Contains(out, at("two.qcow2")) {
+			if out := command(ctx, t, "disk", "consolidate", machine, "--top", at("two.qcow2"), "--base", at("one.qcow2")); !strings.Contains(out, at("three.qcow2")) {
+				t.Errorf("consolidate: %q", out)
+			}
+			if out := command(ctx, t, "disk", "consolidate", machine); !strings.Contains(out, at("one.qcow2")) {
 				t.Errorf("consolidate: %q", out)
 			}
 			if out := command(ctx, t, "disk", "consolidate", machine, "--all"); !strings.Contains(out, img) {

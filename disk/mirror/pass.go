@@ -15,7 +15,9 @@ const (
 	// page cache costs as much as copying some 100 KiB: fewer are faster.
 	defaultStep = 1 << 20
 
-	// While the disk is in use the pass rests restShare times as long as it works.
+	// While the disk is in use the pass rests restShare times as long as it copies. It
+	// does so at the priority of all: one of less would keep writers waiting for what it
+	// has locked.
 	restShare = 2
 	minRest   = 100 * time.Microsecond
 	maxRest   = 5 * time.Millisecond
@@ -44,8 +46,9 @@ func (f *Filter) Run(ctx context.Context) error {
 		}
 		begin := time.Now()
 		end, err := f.step(at, buf)
+		took := time.Since(begin)
 		if err == nil {
-			err = f.catchUp(buf)
+			err = f.catchUp(buf) // which is the user's own work
 		}
 		if err != nil {
 			f.fail(err)
@@ -55,7 +58,7 @@ func (f *Filter) Run(ctx context.Context) error {
 		if f.o.Progress != nil {
 			f.o.Progress(at, f.Size())
 		}
-		f.rest(begin)
+		f.rest(took)
 	}
 	if f.o.MayLag {
 		return f.settle(buf)
@@ -63,9 +66,9 @@ func (f *Filter) Run(ctx context.Context) error {
 	return f.Err()
 }
 
-// rest leaves the host's processors to the disk's user after work since begin.
-// Short rests add up to one that the host's clocks can measure.
-func (f *Filter) rest(begin time.Time) {
+// rest leaves the host's processors to the disk's user after a step. Short rests
+// add up to one that the host's clocks can measure.
+func (f *Filter) rest(took time.Duration) {
 	now := time.Now()
 	if requests := f.requests.Load(); requests != f.seen {
 		f.seen, f.lastUse = requests, now
@@ -74,7 +77,7 @@ func (f *Filter) rest(begin time.Time) {
 		f.owed = 0
 		return
 	}
-	if f.owed = min(f.owed+restShare*now.Sub(begin), maxRest); f.owed >= minRest {
+	if f.owed = min(f.owed+restShare*took, maxRest); f.owed >= minRest {
 		time.Sleep(f.owed)
 		f.owed -= time.Since(now)
 	}

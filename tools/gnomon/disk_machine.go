@@ -139,20 +139,40 @@ func runDiskJob(ctx context.Context, c *client.Client, label, command string, ar
 
 func newDiskConsolidateCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "consolidate MACHINE [DISK] [--all]",
-		Short: "Delete the newest snapshot of a running machine's disk",
+		Use:   "consolidate MACHINE [DISK] [--all | --top IMAGE] [--base IMAGE]",
+		Short: "Delete snapshots of a running machine's disk",
 		Long: `Delete the newest snapshot of a running machine's disk, Gnomon's or QEMU's: what the overlay holds goes into the image it
 lies on, while the machine uses it, and then the machine goes on there. Interrupted, it leaves the machine in its overlay.
-A Gnomon machine's overlay is empty then, and still a name of the disk; QEMU's is of no use any more.`,
+A Gnomon machine's overlay is empty then, and still a name of the disk; QEMU's is of no use any more.
+
+With --base more than the newest goes: all images before that one. With --top an image in the middle of the chain goes, and
+those between it and the base; the machine goes on in its overlay, and their files can be removed then.`,
+		Example: `  gnomon disk consolidate vm1
+  gnomon disk consolidate vm1 --top tuesday.qcow2 --base monday.qcow2`,
 		Args: usageArgs(cobra.RangeArgs(1, 2)),
 	}
+	top := cmd.Flags().String("top", "", "first `image` to delete (default: the machine's overlay)")
+	to := cmd.Flags().String("base", "", "`image` that stays and gets what they hold (default: the overlay's; with --top the last)")
 	all := cmd.Flags().Bool("all", false, "delete all snapshots: everything goes into the last image of the chain")
 	cmd.RunE = onDisk(func(cmd *cobra.Command, c *client.Client, d *attachedDisk) error {
 		if d.Inserted.BackingFileDepth == 0 {
 			return errors.New("it has no snapshot: its image has no backing file")
 		}
 		args := map[string]any{"device": d.ref()}
-		if !*all {
+		for name, path := range map[string]string{"top": *top, "base": *to} {
+			if path == "" {
+				continue
+			}
+			if *all {
+				return usageError(errors.New("--all leaves no choice of --top and --base"))
+			}
+			full, err := filepath.Abs(path) // the machine's process has a directory of its own
+			if err != nil {
+				return err
+			}
+			args[name] = full
+		}
+		if !*all && len(args) == 1 {
 			base, err := backingFile(cmd.Context(), c, d)
 			if err != nil {
 				return err
