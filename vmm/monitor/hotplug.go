@@ -57,6 +57,8 @@ func (mon *monitor) registerHotplug(reg *qmp.Registry) {
 
 // deviceAdd plugs in a disk on a node that nothing else uses.
 func (mon *monitor) deviceAdd(_ context.Context, _ *qmp.Session, a deviceAddArguments) (e qmp.Empty, err error) {
+	mon.plugging.Lock()
+	defer mon.plugging.Unlock()
 	d, err := mon.newDisk(a)
 	if err != nil {
 		return e, err
@@ -74,9 +76,7 @@ func (mon *monitor) deviceAdd(_ context.Context, _ *qmp.Session, a deviceAddArgu
 	}
 	defer mon.drop(node, by) // the disk has it then
 	root := block.NewRoot(node.node)
-	if err := mon.giveBitmaps(d.ID, root); err != nil {
-		return e, err
-	}
+	mon.giveBitmaps(d.ID, root)
 	d.Node = root
 	err = mon.m.Plug(d)
 	if err != nil {
@@ -146,18 +146,16 @@ func policy(p *onDeviceError, auto vmm.OnError) vmm.OnError {
 }
 
 // giveBitmaps has a disk that is about to be plugged in have the bitmaps that its
-// image keeps.
-func (mon *monitor) giveBitmaps(id string, root *block.Root) error {
+// image keeps. plugging is held, so that no other disk gets the id.
+func (mon *monitor) giveBitmaps(id string, root *block.Root) {
 	b := &mon.bitmaps
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.byDisk[id] != nil {
-		return qmp.Errorf("Duplicate device ID '%s'", id)
-	}
+	var kept []*dirtyBitmap
 	if q, ok := root.Current().(*qcow2.Node); ok {
-		b.setLocked(vmm.AttachedDisk{Disk: vmm.Disk{ID: id}, Root: root}, keptBitmaps(q))
+		kept = keptBitmaps(q)
 	}
-	return nil
+	b.setLocked(vmm.AttachedDisk{Disk: vmm.Disk{ID: id}, Root: root}, kept)
 }
 
 func (mon *monitor) dropBitmaps(id string) {
