@@ -81,6 +81,7 @@ func Listen(m *vmm.Machine, addresses []string, options ...Option) (*qmp.Server,
 	mon.registerStream(reg)
 	mon.registerTransaction(reg)
 	mon.registerExports(reg)
+	mon.registerChanges(reg)
 	mon.registerThrottling(reg)
 	mon.registerDevices(reg)
 	mon.registerHotplug(reg)
