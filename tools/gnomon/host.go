@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/gnomon-vmm/gnomon/disk/aio"
 	"github.com/gnomon-vmm/gnomon/kvm"
 	"github.com/gnomon-vmm/gnomon/kvm/hostinfo"
 )
@@ -74,6 +75,11 @@ func printHost(out io.Writer, r hostinfo.Report) error {
 	} else {
 		line("userfaultfd", "none as %s: %s", userInWords(r.UID), r.Userfaultfd.Error)
 	}
+	disks := "io_uring"
+	if err := aio.Probe(); err != nil {
+		disks = "threads: " + err.Error()
+	}
+	line("Direct disk I/O", "by %s", disks)
 	for _, d := range r.Devices {
 		state := "usable"
 		if !d.Usable {
