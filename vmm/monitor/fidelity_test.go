@@ -16,7 +16,10 @@ import (
 )
 
 // notQEMUs are the commands and events that QEMU 7.2 does not have.
-var notQEMUs = []string{"query-cpus", "query-events", "__ORG.GNOMON_DEVICE_BROKEN", "__ORG.GNOMON_FAILED", "__org.gnomon_checkpoint", "__org.gnomon_query-checkpoint"}
+var notQEMUs = []string{
+	"query-cpus", "query-events", "__ORG.GNOMON_DEVICE_BROKEN", "__ORG.GNOMON_FAILED", "__org.gnomon_checkpoint", "__org.gnomon_query-checkpoint",
+	"__org.gnomon_disk-changes", "__org.gnomon_disk-changes-reset", "__org.gnomon_disk-changes-forget", "__org.gnomon_disk-changes-list",
+}
 
 // looser are the places where our type is wider than QEMU's on purpose: our
 // jobs have types of their own.

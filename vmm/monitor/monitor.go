@@ -10,6 +10,8 @@
 //     refuse the others by name; a disk has one job at a time, a node one user.
 //   - __org.gnomon_checkpoint saves the machine, and __ORG.GNOMON_FAILED tells
 //     that it cannot go on.
+//   - __org.gnomon_disk-changes tells what changed on a disk with changes=on since
+//     an application's last backup; -list, -reset and -forget go with it.
 //   - __ORG.GNOMON_DEVICE_BROKEN tells that the guest's driver broke a virtio
 //     device, which then waits for its reset.
 //
