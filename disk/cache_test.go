@@ -29,8 +29,13 @@ func TestCacheModes(t *testing.T) {
 		cluster int64
 	}{{FormatRaw, 0}, {FormatQcow2, 512}, {FormatQcow2, 65536}} {
 		for _, o := range []Options{
-			{Cache: CacheNone}, {Cache: CacheNone, Engine: aio.Threads}, {Cache: CacheNone, Engine: aio.IOUring},
-			{Cache: CacheWriteback, Engine: aio.IOUring}, {Cache: CacheWriteThrough}, {Cache: CacheDirectSync}, {Cache: CacheUnsafe},
+			{Cache: CacheNone},
+			{Cache: CacheNone, Engine: aio.Threads},
+			{Cache: CacheNone, Engine: aio.IOUring},
+			{Cache: CacheWriteback, Engine: aio.IOUring},
+			{Cache: CacheWriteThrough},
+			{Cache: CacheDirectSync},
+			{Cache: CacheUnsafe},
 		} {
 			t.Run(fmt.Sprintf("%s/%d/%s/%s", image.format, image.cluster, o.Cache, o.Engine), func(t *testing.T) {
 				dir := t.TempDir()
