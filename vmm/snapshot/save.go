@@ -279,7 +279,7 @@ func (s *Saver) freeze(c *capture.Capture, disks *keeper, o SaveOptions, r *Repo
 	if err != nil {
 		return nil, nil, err
 	}
-	resume = sync.OnceValue(func() error {
+	goOn := sync.OnceValue(func() error {
 		err := end()
 		if running {
 			r.Pause = time.Since(paused)
@@ -288,7 +288,7 @@ func (s *Saver) freeze(c *capture.Capture, disks *keeper, o SaveOptions, r *Repo
 	})
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, resume())
+			err = errors.Join(err, goOn())
 		}
 	}()
 	if sections, err = s.m.SaveState(); err != nil {
@@ -316,9 +316,9 @@ func (s *Saver) freeze(c *capture.Capture, disks *keeper, o SaveOptions, r *Repo
 		return nil, nil, err
 	}
 	if !o.Stop {
-		err = resume()
+		err = goOn()
 	}
-	return sections, resume, err
+	return sections, goOn, err
 }
 
 // checkParent refuses a parent that is not the machine's last checkpoint. mu is held.

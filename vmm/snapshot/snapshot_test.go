@@ -286,6 +286,23 @@ func TestParentMustBeTheLast(t *testing.T) {
 	<-r.done
 }
 
+// A machine that ends while it is saved has its save fail, and nothing else.
+func TestSaveOfMachineThatEnded(t *testing.T) {
+	dir := t.TempDir()
+	r := start(t, "spin", nil)
+	saver := snapshot.NewSaver(r.Machine, nil, nil)
+	r.PowerOff()
+	<-r.done
+	for _, stop := range []bool{false, true} {
+		if _, err := saver.Save(context.Background(), filepath.Join(dir, "c"), snapshot.SaveOptions{Stop: stop}); !errors.Is(err, vmm.ErrState) {
+			t.Errorf("stop %v: %v", stop, err)
+		}
+	}
+	if entries, _ := os.ReadDir(dir); len(entries) != 0 {
+		t.Errorf("left behind: %v", entries)
+	}
+}
+
 // A save that is cancelled, or whose disk is full, leaves nothing, and the
 // machine goes on and can be saved again.
 func TestSaveThatFails(t *testing.T) {
