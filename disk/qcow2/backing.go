@@ -12,9 +12,6 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk/raw"
 )
 
-// maxChain is how many images may lie one on another.
-const maxChain = 64
-
 // Bytes that all images of a chain together keep in memory, apart from their
 // L1 tables.
 const (
@@ -101,7 +98,11 @@ func (c *chain) openBacking(path string, h *Header) (block.Node, error) {
 	case h.BackingFormat == "raw":
 		return file, nil
 	}
-	return c.openImage(file, name) // says which image is at fault itself
+	n, err := c.openImage(file, name)
+	if err != nil {
+		return nil, err // says which image is at fault itself
+	}
+	return n, nil
 }
 
 // backingPath finds the backing file: what is not absolute is relative to the

@@ -39,6 +39,9 @@ func Create(path string, o CreateOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := RoomBelow(path, o.Backing, o.BackingFormat); err != nil {
+		return err
+	}
 	if _, err := os.Lstat(path); err == nil {
 		return fmt.Errorf("%w: remove it, or choose another name", fs.ErrExist)
 	}
@@ -137,6 +140,9 @@ func (o *CreateOptions) encode() ([]byte, error) {
 // CreateOver makes an empty image at path that lies on a node which is open, for
 // OpenOver.
 func CreateOver(path string, backing block.Node) error {
+	if err := RoomOver(backing); err != nil {
+		return fmt.Errorf("create disk %s: %w", path, err)
+	}
 	info := backing.Info()
 	name, err := filepath.Abs(info.Filename)
 	if err != nil {

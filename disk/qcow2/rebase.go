@@ -31,6 +31,9 @@ func Rebase(ctx context.Context, path string, o RebaseOptions) (err error) {
 	if o.Backing != "" && o.BackingFormat != "raw" && o.BackingFormat != "qcow2" {
 		return fmt.Errorf("rebase disk %s: %w: format %q of the backing file: raw and qcow2 are possible", path, ErrBacking, o.BackingFormat)
 	}
+	if err := RoomBelow(path, o.Backing, o.BackingFormat); err != nil {
+		return fmt.Errorf("rebase disk %s: %w", path, err)
+	}
 	var backing block.Node
 	if !o.NameOnly && o.Backing != "" {
 		// What the image shall lie on does not lie on the image.

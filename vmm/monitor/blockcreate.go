@@ -153,6 +153,10 @@ func createRaw(path string, size int64) error {
 
 // formatFile puts an empty image in a file.
 func formatFile(file *raw.Node, o qcow2.CreateOptions) error {
+	// The name is relative to where the image is to be, not to where it is made.
+	if err := qcow2.RoomBelow(file.Info().Filename, o.Backing, o.BackingFormat); err != nil {
+		return err
+	}
 	dir, err := os.MkdirTemp("", "gnomon-create-")
 	if err != nil {
 		return err

@@ -54,6 +54,9 @@ func (o *overlaying) begin() (err error) {
 	case o.base.ReadOnly():
 		return qmp.Errorf("Block node is read-only")
 	}
+	if err := qcow2.RoomOver(o.base); err != nil {
+		return err
+	}
 	return o.base.Flush()
 }
 

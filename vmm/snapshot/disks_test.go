@@ -122,3 +122,55 @@ func TestFailedSaveNamesOverlays(t *testing.T) {
 		t.Errorf("the disk is %s now", got)
 	}
 }
+
+// A save that would make a disk's chain too long to be opened is refused before
+// anything is done, for all disks; one that copies the disks is not.
+func TestSaveOfLongChain(t *testing.T) {
+	ctx := context.Background()
+	dir := t.TempDir()
+	var top string
+	for i := range 63 {
+		o := qcow2.CreateOptions{Size: 1 << 20, Backing: top, BackingFormat: "qcow2"}
+		top = filepath.Join(dir, fmt.Sprintf("%d.qcow2", i))
+		if err := qcow2.Create(top, o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	short, long := withDisk(t, newRaw(t), disk.Options{}), withDisk(t, top, disk.Options{})
+	r := start(t, "spin", func(c *vmm.Config) { short(c); long(c) })
+	s := snapshot.NewSaver(r.Machine, nil, nil)
+	longest := filepath.Join(dir, "longest")
+	if _, err := s.Save(ctx, longest, snapshot.SaveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	var before []string
+	for _, d := range r.Disks() {
+		before = append(before, d.Node.Info().Filename)
+	}
+	refused := filepath.Join(dir, "refused")
+	_, err := s.Save(ctx, refused, snapshot.SaveOptions{})
+	if !errors.Is(err, qcow2.ErrBacking) || !strings.Contains(err.Error(), "gnomon disk consolidate") || !strings.Contains(err.Error(), "--disks copy") {
+		t.Errorf("%v", err)
+	}
+	for i, d := range r.Disks() {
+		if now := d.Node.Info().Filename; now != before[i] {
+			t.Errorf("disk %s goes on in %s", d.ID, now)
+		}
+		if left, err := filepath.Glob(filepath.Join(filepath.Dir(before[i]), "*refused*")); err != nil || len(left) > 0 {
+			t.Errorf("left behind: %v %v", left, err)
+		}
+	}
+	if _, err := s.Save(ctx, filepath.Join(dir, "copied"), snapshot.SaveOptions{Disks: snapshot.CopyDisks}); err != nil {
+		t.Error(err)
+	}
+	r.Quit()
+	<-r.done
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n, err := disk.Open(before[1], disk.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Close()
+}
