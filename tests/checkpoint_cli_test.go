@@ -159,14 +159,19 @@ func TestRestoreOfOtherDisks(t *testing.T) {
 			t.Fatal(err)
 		}
 		fixed := "readonly=on,file=" + s.fixed
+		// Those of the checkpoint are known by their files, ahead of the machine.
+		largerIs, unwritable := "has 2097152 bytes, and had 1048576 when it was saved: use one of that size", "file="+s.fixed
+		if disks == "keep" {
+			largerIs, unwritable = "has 2097152 bytes and had 1048576: it was changed since", "readonly=off,file="+s.fixed
+		}
 		for _, test := range []struct{ first, second, disk, why string }{
-			{"file=" + larger, fixed, "disk0", "has 2097152 bytes, and had 1048576"},
-			{"file=" + s.disk, "readonly=on,file=" + larger, "disk1", "has 2097152 bytes, and had 1048576"},
-			{"readonly=on,file=" + s.disk, fixed, "disk0", "can be written"},
-			{"file=" + larger, "file=" + s.fixed, "disk", "use one of that size"},
-			{"file=" + s.disk, "file=" + s.fixed, "disk1", "cannot be written"},
+			{"file=" + larger, fixed, "disk0", largerIs},
+			{"file=" + s.disk, "readonly=on,file=" + larger, "disk1", largerIs},
+			{"readonly=on,file=" + s.disk, fixed, "virtio-blk:disk0", "can be written"},
+			{"file=" + larger, "file=" + s.fixed, "disk", largerIs},
+			{"file=" + s.disk, unwritable, "disk1", "cannot be written"},
 		} {
-			s.refusedRestore(ctx, t, []string{"--disk", test.first, "--disk", test.second}, "virtio-blk:"+test.disk, test.why)
+			s.refusedRestore(ctx, t, []string{"--disk", test.first, "--disk", test.second}, test.disk, test.why)
 		}
 		s.refusedRestore(ctx, t, []string{"--disk", "file=" + s.disk}, "virtio-blk:disk1")
 		s.restores(ctx, t, "--disk", "file="+s.disk, "--disk", fixed)

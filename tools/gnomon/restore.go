@@ -1,17 +1,11 @@
 package main
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
-	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/mm/pager"
 	"github.com/gnomon-vmm/gnomon/vmm"
 	"github.com/gnomon-vmm/gnomon/vmm/monitor"
@@ -43,8 +37,12 @@ when it was saved, unless --paused is given. The file must stay as it is until a
 resets itself ends, unless --kernel tells what it then starts.
 
 Disks that can be written stay as the checkpoint needs them: the machine writes to new overlays beside the checkpoint,
-FILE.NAME.DISK.qcow2, which stay unless --snapshot removes them. With --disk the disks are those you name. What the
-guest says is added to the files of --serial and --console; append=off empties them.
+FILE.NAME.DISK.qcow2, which stay unless --snapshot removes them. --disk says where their images lie now, of all disks in
+their order or each by its id=; an image that was written to since is refused unless --accept-changed-disks. Disks that
+the checkpoint leaves to you (--disks none) are those the machine had when it was saved, or those of --disk; they are
+written to, unless --snapshot gives them overlays that go at the end.
+
+What the guest says is added to the files of --serial and --console; append=off empties them.
 
 The exit status is that of gnomon run.`,
 		Example: `  gnomon restore vm1.ckpt --name vm1-again
@@ -59,7 +57,7 @@ The exit status is that of gnomon run.`,
 	flags.StringVar(&r.prefetch, "prefetch", "locality", "`what` comes along with the page the guest wants: none|physical|locality|recorded, several with commas")
 	flags.BoolVar(&r.record, "record", false, "at the end, keep beside the checkpoint what the guest wanted, for --prefetch recorded")
 	flags.BoolVar(&r.noBackground, "no-background", false, "leave in the file what the guest does not want")
-	flags.BoolVar(&r.snapshot, "snapshot", false, "at the end, remove the overlays in which the machine wrote to its disks")
+	flags.BoolVar(&r.snapshot, "snapshot", false, "have the machine write to its disks in overlays only, and remove them at the end")
 	flags.BoolVar(&r.changedDisks, "accept-changed-disks", false, "go on although files of disks were written to since the checkpoint was taken")
 	flags.StringVar(&r.clock, "clock", "guest", "`whose` clock the guest goes on by: guest (it stands where it stood)|host (it goes on by the time that has passed)")
 	completeFlag(cmd, "prefetch", "none", "physical", "locality", "locality,recorded")
@@ -83,7 +81,7 @@ The exit status is that of gnomon run.`,
 		if len(image.Recipe()) == 0 {
 			return fmt.Errorf("checkpoint %s does not say how to make its machine: it was not made by gnomon run; restore it by the library that made it", args[0])
 		}
-		ownDisks := flags.Changed("disk")
+		named := flags.Changed("disk")
 		if err := applyValues(flags, image.Recipe()); err != nil {
 			return fmt.Errorf("checkpoint %s: %w", args[0], err)
 		}
@@ -94,10 +92,8 @@ The exit status is that of gnomon run.`,
 				made.remove()
 			}
 		}()
-		if !ownDisks {
-			if err := made.over(image, args[0], &f, r.changedDisks); err != nil {
-				return err
-			}
+		if err := made.prepare(image, args[0], &f, named, &r); err != nil {
+			return err
 		}
 		p, err := f.plan()
 		if err != nil {
@@ -113,87 +109,6 @@ The exit status is that of gnomon run.`,
 		})
 	}
 	return cmd
-}
-
-// overlays are images in which a restored machine writes to its disks.
-type overlays struct {
-	paths []string
-	inUse bool // a machine may have written to them
-}
-
-// over makes them beside the checkpoint, and has the disks of the flags be them.
-// Disks that cannot be written are the checkpoint's own.
-// changed accepts disks that were changed since they were saved.
-func (o *overlays) over(image *snapshot.Image, checkpoint string, f *runFlags, changed bool) error {
-	if f.name == "" {
-		f.name = fmt.Sprintf("gnomon-%d", os.Getpid())
-	}
-	if err := checkMachineName(f.name); err != nil {
-		return usageError(fmt.Errorf("--name: %w", err))
-	}
-	disks := image.Disks()
-	if disks == nil {
-		return nil // they were left to the user
-	}
-	// The machine began with those of the flags; others may have been plugged in since,
-	// and some of those have gone.
-	began := map[string]*options{}
-	for i, text := range f.disks {
-		d, err := readDiskOptions(text)
-		if err != nil {
-			return err
-		}
-		if !d.has("id") {
-			d.values["id"] = fmt.Sprintf("disk%d", i) // as vmm.Config has it
-		}
-		began[d.values["id"]] = d
-	}
-	f.disks = nil
-	for _, saved := range disks {
-		text := began[saved.ID]
-		if text == nil {
-			text = &options{flag: "disk", values: map[string]string{"id": saved.ID}}
-			if saved.ReadOnly {
-				text.values["readonly"] = "on"
-			}
-		}
-		if err := saved.Unchanged(); err != nil && !changed {
-			if errors.Is(err, snapshot.ErrDiskChanged) {
-				err = fmt.Errorf("%w: put it back as it was, name another by --disk, or have the guest take it as it is by --accept-changed-disks", err)
-			}
-			return err
-		}
-		text.values["file"], text.values["format"] = saved.File, saved.Format
-		if !saved.ReadOnly {
-			path := fmt.Sprintf("%s.%s.%s.qcow2", checkpoint, f.name, saved.ID)
-			if err := saved.OverlayChangedDisk(path); errors.Is(err, fs.ErrExist) {
-				return fmt.Errorf("%w; another --name makes other disks", err)
-			} else if err != nil {
-				return err
-			}
-			o.paths = append(o.paths, path)
-			text.values["file"], text.values["format"] = path, disk.FormatQcow2
-		}
-		f.disks = append(f.disks, text.String())
-	}
-	return nil
-}
-
-// remove removes them, but those on which others lie: they belong to checkpoints
-// that were taken meanwhile.
-func (o *overlays) remove() {
-	for _, path := range o.paths {
-		if over, _ := filepath.Glob(globEscape(path) + ".*.qcow2"); len(over) > 0 {
-			report("%s stays: a checkpoint was taken of the machine, and %s lies on it", path, over[0])
-			continue
-		}
-		os.Remove(path)
-	}
-}
-
-// globEscape has a path match itself.
-func globEscape(path string) string {
-	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
 }
 
 type restoreFlags struct {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/disk/backup"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
@@ -50,6 +51,9 @@ type keeper struct {
 	release  func() // lets disks come and go again
 	switched bool
 	done     bool // the checkpoint is complete
+
+	leaves *vmm.Machine // whose disks are left to the caller; nil: they are kept
+	left   []SavedDisk  // which those are, after switchOver
 }
 
 type keptDisk struct {
@@ -194,8 +198,13 @@ func (d *keptDisk) prepareCopy(path string) error {
 	return nil
 }
 
-// switchOver puts overlays and copiers in place. The machine is paused.
+// switchOver puts overlays and copiers in place, or notes what disks there are. The
+// machine is paused.
 func (k *keeper) switchOver() error {
+	if k.leaves != nil {
+		k.left = leftDisks(k.leaves)
+		return nil
+	}
 	next := make([]block.Node, len(k.disks))
 	for i := range k.disks {
 		d := &k.disks[i]
@@ -326,14 +335,34 @@ func (k *keeper) saved() []SavedDisk {
 	return all
 }
 
-func decodeDisks(data []byte) ([]SavedDisk, error) {
+// leftDisks are the disks that a machine has, as one that is restored finds them
+// again: by absolute paths.
+func leftDisks(m *vmm.Machine) []SavedDisk {
+	all := []SavedDisk{}
+	for _, d := range m.Disks() {
+		info := d.Node.Info()
+		left := SavedDisk{ID: d.ID, Format: info.Format, ReadOnly: d.Node.ReadOnly(), Size: d.Node.Size()}
+		path, err := filepath.Abs(info.Filename)
+		if err == nil {
+			_, err = os.Stat(path)
+		}
+		if err == nil && (info.Format == "raw" || info.Format == "qcow2") {
+			left.File = path // else it is at a server, or in memory
+		}
+		all = append(all, left)
+	}
+	return all
+}
+
+func decodeDisks(section string, data []byte) ([]SavedDisk, error) {
 	var disks []SavedDisk
 	if err := json.Unmarshal(data, &disks); err != nil {
-		return nil, fmt.Errorf("section %q: %w", sectionDisks, err)
+		return nil, fmt.Errorf("section %q: %w", section, err)
 	}
 	for _, d := range disks {
-		if d.ID == "" || !filepath.IsAbs(d.File) || d.Format != "raw" && d.Format != "qcow2" {
-			return nil, fmt.Errorf("section %q: disk %q is at %q, of format %q", sectionDisks, d.ID, d.File, d.Format)
+		unnamed := section == sectionLeft && d.File == ""
+		if d.ID == "" || !unnamed && (!filepath.IsAbs(d.File) || d.Format != "raw" && d.Format != "qcow2") {
+			return nil, fmt.Errorf("section %q: disk %q is at %q, of format %q", section, d.ID, d.File, d.Format)
 		}
 	}
 	return disks, nil
@@ -357,6 +386,45 @@ func savedFiles(chain block.Info) ([]SavedFile, error) {
 		}
 	}
 	return files, nil
+}
+
+// At is the disk with its image at another path, where it was moved or copied to. It
+// lies there on the images that it names itself. format is the image's; "": that which
+// it had. The error is ErrDiskChanged if it cannot be the same image; the disk that is
+// returned with it is for who accepts that.
+func (d *SavedDisk) At(path, format string) (*SavedDisk, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	moved := *d
+	moved.File = path
+	if format != "" {
+		moved.Format = format
+	}
+	node, err := disk.Open(path, disk.Options{Format: moved.Format, ReadOnly: true})
+	if err != nil {
+		return nil, fmt.Errorf("disk %s of the checkpoint: %w", d.ID, err)
+	}
+	defer node.Close()
+	files, err := savedFiles(node.Info())
+	if err != nil {
+		return nil, fmt.Errorf("disk %s of the checkpoint: %w", d.ID, err)
+	}
+	if moved.Format != d.Format {
+		return &moved, fmt.Errorf("disk %s of the checkpoint: %s is named as %s and was %s: %w", d.ID, path, moved.Format, d.Format, ErrDiskChanged)
+	}
+	if d.Files == nil {
+		return &moved, nil
+	}
+	if len(files) != len(d.Files) {
+		return &moved, fmt.Errorf("disk %s of the checkpoint: %s is a chain of %d files and was one of %d: %w", d.ID, path, len(files), len(d.Files), ErrDiskChanged)
+	}
+	for i := range files {
+		files[i].Size, files[i].Modified = d.Files[i].Size, d.Files[i].Modified
+	}
+	moved.Files = files
+	return &moved, nil
 }
 
 // Unchanged refuses, with ErrDiskChanged, a disk of which a file was written to

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -173,4 +174,64 @@ func TestSaveOfLongChain(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.Close()
+}
+
+// An image that is found at another place is checked with all that it lies on there.
+func TestDiskAtAnotherPlace(t *testing.T) {
+	base := newRaw(t)
+	at := func(name string) string { return filepath.Join(filepath.Dir(base), name) }
+	image := at("over.qcow2")
+	if err := qcow2.Create(image, qcow2.CreateOptions{Size: 1 << 20, Backing: base, BackingFormat: "raw"}); err != nil {
+		t.Fatal(err)
+	}
+	r := start(t, "spin", withDisk(t, image, disk.Options{}))
+	report, err := snapshot.NewSaver(r.Machine, nil, nil).Save(context.Background(), at("c"), snapshot.SaveOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	saved := &report.Disks[0]
+	moved, raw := at("moved"), at("raw")
+	for path, from := range map[string]string{moved: image, raw: base} {
+		if out, err := exec.Command("cp", "-p", from, path).CombinedOutput(); err != nil {
+			t.Fatalf("cp: %v: %s", err, out)
+		}
+	}
+	check := func(path, format string) error {
+		d, err := saved.At(path, format)
+		if err == nil {
+			err = d.Unchanged()
+		}
+		if d != nil && (d.File != path || d.ID != saved.ID || d.Size != saved.Size) {
+			t.Errorf("at %s the disk is %+v", path, d)
+		}
+		return err
+	}
+	if err := check(moved, ""); err != nil {
+		t.Error(err)
+	}
+	for _, c := range []struct{ path, format, why string }{
+		{raw, "raw", "is named as raw and was qcow2"},
+		{raw, "", "does not start with a qcow2 header"},
+		{at("none"), "", "does not exist"},
+	} {
+		if err := check(c.path, c.format); err == nil || !strings.Contains(err.Error(), c.why) {
+			t.Errorf("%s as %q: %v", c.path, c.format, err)
+		}
+	}
+	flat := at("flat.qcow2")
+	if err := qcow2.Create(flat, qcow2.CreateOptions{Size: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	if err := check(flat, ""); !errors.Is(err, snapshot.ErrDiskChanged) || !strings.Contains(err.Error(), "a chain of 1 files and was one of 2") {
+		t.Errorf("an image that lies on none: %v", err)
+	}
+	if err := os.WriteFile(base, []byte{1}, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := check(moved, ""); !errors.Is(err, snapshot.ErrDiskChanged) || !strings.Contains(err.Error(), base) {
+		t.Errorf("when what it lies on was written to: %v", err)
+	}
+	if saved.File != image || saved.Files[0].File != image {
+		t.Errorf("the disk itself became %+v", saved)
+	}
 }

@@ -19,6 +19,7 @@ type Image struct {
 	state  []vmm.Section
 	recipe []byte
 	disks  []SavedDisk
+	left   []SavedDisk
 }
 
 // Open opens a checkpoint and its parents.
@@ -47,12 +48,16 @@ func (i *Image) read() error {
 		switch {
 		case state:
 			i.state = append(i.state, vmm.Section{Name: name, Version: version, Data: data})
-		case s.Name != sectionRecipe && s.Name != sectionDisks:
+		case s.Name != sectionRecipe && s.Name != sectionDisks && s.Name != sectionLeft:
 			return fmt.Errorf("%s: section %q is not known: it was made by a newer Gnomon", i.path, s.Name)
 		case version > sectionVersion:
 			return fmt.Errorf("%s: section %q has version %d, of a newer Gnomon", i.path, s.Name, version)
 		case s.Name == sectionDisks:
-			if i.disks, err = decodeDisks(data); err != nil {
+			if i.disks, err = decodeDisks(s.Name, data); err != nil {
+				return fmt.Errorf("%s: %w", i.path, err)
+			}
+		case s.Name == sectionLeft:
+			if i.left, err = decodeDisks(s.Name, data); err != nil {
 				return fmt.Errorf("%s: %w", i.path, err)
 			}
 		default:
@@ -74,6 +79,11 @@ func (i *Image) Recipe() []byte { return i.recipe }
 // Disks are the machine's disks in their order, as the checkpoint keeps them; nil:
 // it keeps none.
 func (i *Image) Disks() []SavedDisk { return i.disks }
+
+// LeftDisks are the machine's disks in their order where the checkpoint keeps none,
+// as the machine had them when it was saved; nil: it is not known. Their files may
+// have changed since. A File that is "" was none that can be named.
+func (i *Image) LeftDisks() []SavedDisk { return i.left }
 
 // Close closes the files, once all machines made from them have loaded their
 // memory or are closed.

@@ -32,6 +32,7 @@ var (
 const (
 	sectionRecipe = "recipe"
 	sectionDisks  = "disks"
+	sectionLeft   = "left-disks" // instead of disks, after LeaveDisks
 	statePrefix   = "state:"
 
 	sectionVersion = 1
@@ -50,7 +51,7 @@ const (
 	// The machine stays in its own.
 	CopyDisks
 	// LeaveDisks leaves them to the caller, who sees to it that a restored machine
-	// finds them as they were.
+	// finds them as they were. Which they were is noted.
 	LeaveDisks
 )
 
@@ -158,7 +159,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 		return nil, err
 	}
 	defer c.Close()
-	disks := &keeper{}
+	disks := &keeper{leaves: s.m}
 	if o.Disks != LeaveDisks {
 		if disks, err = keepDisks(s.m, path, o); err != nil {
 			return nil, err
@@ -221,15 +222,17 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 	if err := disks.finish(ctx); err != nil {
 		return nil, err
 	}
+	section, list := sectionLeft, disks.left
 	if o.Disks != LeaveDisks {
 		r.Disks = disks.saved()
-		data, err := json.Marshal(r.Disks)
-		if err != nil {
-			return nil, err
-		}
-		if err := w.Section(sectionDisks, sectionVersion, data); err != nil {
-			return nil, err
-		}
+		section, list = sectionDisks, r.Disks
+	}
+	data, err := json.Marshal(list)
+	if err != nil {
+		return nil, err
+	}
+	if err := w.Section(section, sectionVersion, data); err != nil {
+		return nil, err
 	}
 	if err := w.Commit(); err != nil {
 		return nil, err
