@@ -17,6 +17,18 @@ type Freezer interface {
 	Freeze() error
 }
 
+// Reopener is a Node whose image can be opened a second time, in another way, while
+// the node itself goes on being read.
+type Reopener interface {
+	Node
+	// Named returns an error unless the image's name leads to its file still.
+	Named() error
+	// Lend is Named, and lets go of the locks of the image's own file until back is
+	// called, for another node of this process to take. Without back the node is to be
+	// closed.
+	Lend() (back func() error, err error)
+}
+
 // Root is the node a device uses: it passes everything on to another node, which
 // can be replaced between two requests.
 type Root struct {

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 )
@@ -25,7 +24,7 @@ type Consolidation struct {
 	root    *block.Root
 	overlay *qcow2.Node
 	above   *qcow2.Node // that lies on the base itself: the overlay, or one behind it
-	base    block.Node  // open to be written
+	base    base        // open to be written
 	path    string      // the overlay's
 	filter  *Filter
 	done    bool // the overlay is gone
@@ -69,44 +68,13 @@ func (c *Consolidation) begin(current block.Node, o Options) error {
 			return fmt.Errorf("%s lies on fewer than %d images", overlay.Info().Filename, o.Depth)
 		}
 	}
-	if c.base, err = c.reopenBase(false); err != nil {
+	if c.base, err = openToWrite(c.above); err != nil {
 		return err
 	}
 	if c.filter, err = New(overlay, c.base, o); err != nil {
-		_, again := c.reopenBase(true)
-		return errors.Join(err, again)
+		return errors.Join(err, c.base.Freeze())
 	}
 	return nil
-}
-
-func (c *Consolidation) reopenBase(readOnly bool) (block.Node, error) {
-	return reopenBacking(c.above, readOnly)
-}
-
-// reopenBacking opens what an image lies on anew, to be read only or to be written.
-// When that fails it is open as before.
-func reopenBacking(above *qcow2.Node, readOnly bool) (block.Node, error) {
-	info := above.Backing().Info()
-	was := above.Backing().ReadOnly()
-	open := func(readOnly bool) (block.Node, error) {
-		return disk.Open(info.Filename, disk.Options{Format: info.Format, ReadOnly: readOnly})
-	}
-	// Its own lock would keep us from writing.
-	closed := above.SetBacking(nil).Close()
-	base, err := block.Node(nil), closed
-	if err == nil {
-		base, err = open(readOnly)
-	}
-	if err == nil {
-		above.SetBacking(base)
-		return base, nil
-	}
-	old, again := open(was)
-	if again != nil {
-		old = block.Failed(above, again)
-	}
-	above.SetBacking(old)
-	return nil, errors.Join(err, again)
 }
 
 // Run makes the pass: all that is held before the base is then in it.
@@ -120,7 +88,7 @@ func (c *Consolidation) Figures() Figures { return c.filter.Figures() }
 func (c *Consolidation) Cancel() error {
 	var err error
 	c.root.Drained(func(block.Node) block.Node {
-		_, err = c.reopenBase(true)
+		err = c.base.Freeze()
 		return c.overlay
 	})
 	return err
@@ -145,6 +113,10 @@ func (c *Consolidation) finish() (err error) {
 	}
 	// Most of what must be durable is: this leaves less to be done between two requests.
 	if err := c.base.Flush(); err != nil {
+		return err
+	}
+	// The empty overlay names the base.
+	if err := c.base.Named(); err != nil {
 		return err
 	}
 	empty := c.path + ".consolidated"

@@ -26,7 +26,7 @@ type Middle struct {
 	above  *qcow2.Node // that lies on top
 	top    *qcow2.Node // the first image that goes
 	lowest *qcow2.Node // the last, which lies on the base
-	base   block.Node  // open to be written
+	base   base        // open to be written
 	pass   *Filter     // nobody's requests go by it
 	over   bool        // the base is open to be read again, and may lie below another node
 }
@@ -81,7 +81,12 @@ func (m *Middle) begin(current block.Node) error {
 		m.lowest, n = image, image.Backing()
 	}
 	var err error
-	if m.base, err = reopenBacking(m.lowest, false); err != nil {
+	if m.upper != nil { // the header of the image above is written by its name
+		if err := m.above.Named(); err != nil {
+			return err
+		}
+	}
+	if m.base, err = openToWrite(m.lowest); err != nil {
 		return err
 	}
 	if m.base.Size() < m.top.Size() {
@@ -101,8 +106,7 @@ func (m *Middle) begin(current block.Node) error {
 		m.pass.alwaysRest = true // the requests do not go by it
 	}
 	if err != nil {
-		_, again := reopenBacking(m.lowest, true)
-		return errors.Join(err, again)
+		return errors.Join(err, m.base.Freeze())
 	}
 	return nil
 }
@@ -144,8 +148,7 @@ func (m *Middle) release() error {
 		return nil
 	}
 	m.over = true
-	_, err := reopenBacking(m.lowest, true)
-	return err
+	return m.base.Freeze()
 }
 
 // Finish has the image above lie on the base, and closes those that go. When it
@@ -165,7 +168,10 @@ func (m *Middle) Finish() error {
 }
 
 func (m *Middle) relink() error {
-	info := m.lowest.Backing().Info()
+	if err := m.base.Named(); err != nil {
+		return err
+	}
+	info := m.base.Info()
 	name := m.o.BackingFile
 	if name == "" {
 		var err error
@@ -182,17 +188,19 @@ func (m *Middle) relink() error {
 		m.top.Close() // it was only read
 		return nil
 	}
-	// Its own lock would keep us from writing its header.
-	above := m.above.Info()
-	if err := m.upper.SetBacking(nil).Close(); err != nil {
-		m.upper.SetBacking(block.Failed(m.upper, err))
+	back, err := m.above.Lend() // its own locks would keep us from writing its header
+	if err != nil {
 		return err
 	}
-	renamed := qcow2.Rebase(context.Background(), above.Filename, qcow2.RebaseOptions{Backing: name, BackingFormat: info.Format, NameOnly: true})
-	now, err := disk.Open(above.Filename, disk.Options{Format: above.Format, ReadOnly: true})
-	if err != nil {
-		now = block.Failed(m.upper, err)
+	above := m.above.Info()
+	err = qcow2.Rebase(context.Background(), above.Filename, qcow2.RebaseOptions{Backing: name, BackingFormat: info.Format, NameOnly: true})
+	var now block.Node
+	if err == nil {
+		now, err = disk.Open(above.Filename, disk.Options{Format: above.Format, ReadOnly: true})
+	}
+	if err != nil { // the images on which it lay read as before, whichever its header names
+		return errors.Join(err, takeBack(m.upper, back))
 	}
 	m.upper.SetBacking(now)
-	return errors.Join(renamed, err)
+	return m.above.Close()
 }

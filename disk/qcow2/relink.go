@@ -17,6 +17,33 @@ func (n *Node) SetBacking(b block.Node) (old block.Node) {
 	return old
 }
 
+// Named implements block.Reopener.
+func (n *Node) Named() error {
+	f, err := n.reopener()
+	if err != nil {
+		return err
+	}
+	return f.Named()
+}
+
+// Lend implements block.Reopener.
+func (n *Node) Lend() (back func() error, err error) {
+	f, err := n.reopener()
+	if err != nil {
+		return nil, err
+	}
+	return f.Lend()
+}
+
+// reopener is the image's file.
+func (n *Node) reopener() (block.Reopener, error) {
+	f, ok := n.file.(block.Reopener)
+	if !ok {
+		return nil, fmt.Errorf("disk %s: it cannot be opened anew while it is in use", n.path)
+	}
+	return f, nil
+}
+
 // RenameBacking has the header name another image to lie on, by its path and format,
 // or none, with "": what SetBacking is for requests, it is for who opens the image
 // later. There are no requests meanwhile.

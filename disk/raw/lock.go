@@ -64,6 +64,15 @@ func downgrade(fd int) error {
 	return nil
 }
 
+// unlock lets go of all locks.
+func unlock(fd int) error {
+	l := unix.Flock_t{Type: unix.F_UNLCK, Whence: 0, Start: lockUses, Len: 2 * (lockForbids - lockUses)}
+	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l); err != nil {
+		return fmt.Errorf("unlock image: %w", err)
+	}
+	return nil
+}
+
 func setLock(fd int, at int64) error {
 	l := unix.Flock_t{Type: unix.F_RDLCK, Whence: 0, Start: at, Len: 1}
 	switch err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l); err {
