@@ -32,7 +32,11 @@ func (a *Archive) Begin(size int64, full bool) (*Pending, error) {
 	} else if !full {
 		return nil, fmt.Errorf("%w %s: there is no backup that another could lie on", ErrArchive, a.dir)
 	}
-	if err := qcow2.Create(p.Path(), o); err != nil {
+	err := qcow2.Create(p.Path(), o)
+	if errors.Is(err, qcow2.ErrBacking) {
+		err = fmt.Errorf("%w %s: no more backups can lie on the last full one: make another full one, or merge the oldest (gnomon backup prune): %w", ErrArchive, a.dir, err)
+	}
+	if err != nil {
 		return nil, err
 	}
 	return p, nil
