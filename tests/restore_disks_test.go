@@ -123,13 +123,15 @@ func TestRestoreOfLeftDisks(t *testing.T) {
 	s, p := writer(ctx, t)
 	first := filepath.Join(s.dir, "first")
 	command(ctx, t, "checkpoint", p.name, "--to", first)
+	plugged := image(t, filepath.Join(s.dir, "plugged.img"), 1<<20)
+	p.plugIn(ctx, t, "plugged", "raw", plugged)
 	command(ctx, t, "checkpoint", p.name, "--to", s.file, "--disks", "none")
 	p.do(ctx, t, "quit", nil, nil)
 	p.status(ctx, t)
 	overlay := s.disk + ".first.qcow2"
 	moved := filepath.Join(s.dir, "moved")
 	copyFile(ctx, t, overlay, moved)
-	named := []string{"--disk", "format=qcow2,file=" + moved, "--disk", "readonly=on,file=" + s.fixed}
+	named := []string{"--disk", "format=qcow2,file=" + moved, "--disk", "readonly=on,file=" + s.fixed, "--disk", "id=plugged,file=" + plugged}
 	all := []string{s.disk, overlay, moved}
 	s.leaves(ctx, t, all, nil, "--snapshot")
 	s.leaves(ctx, t, all, nil, append(named, "--snapshot")...)

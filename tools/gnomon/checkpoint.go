@@ -43,7 +43,8 @@ func newCheckpointCommand() *cobra.Command {
 Its disks belong to the checkpoint: each that can be written stays as it was, and the machine goes on in a qcow2
 overlay beside it, from which you also start it the next time. gnomon checkpoint commit writes an overlay back when
 the checkpoint is not needed any more. With --disks copy they are copied beside the checkpoint, FILE.DISK.qcow2,
-and the machine stays in its own; with --disks none they are your own affair.
+and the machine stays in its own; with --disks none they are your own affair, and a machine that is restored writes to
+the files that this one uses.
 
 With --parent the file holds only what changed since that checkpoint, which must be the last one taken of this
 machine. gnomon restore starts a machine from the file.`,
