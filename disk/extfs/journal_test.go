@@ -218,7 +218,9 @@ type memory struct {
 	content []byte
 }
 
-func (m memory) Size() int64 { return int64(len(m.content)) }
+func (m memory) Size() int64      { return int64(len(m.content)) }
+func (m memory) ReadOnly() bool   { return true }
+func (m memory) Info() block.Info { return block.Info{VirtualSize: m.Size()} }
 
 func (m memory) Readv(bufs [][]byte, off int64) error {
 	for _, b := range bufs {
