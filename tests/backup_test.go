@@ -157,7 +157,7 @@ func TestBackupsAtRest(t *testing.T) {
 		{[]string{"prune", into, "--keep", "1"}, 1, "damaged backup 2"},
 		{[]string{"list", dir}, 1, "backups.json"},
 		{[]string{img, "--to", at("new.img")}, 2, "gnomon disk convert"},
-		{[]string{img}, 2, "no --to and no --into"},
+		{[]string{img}, 2, "no --to, --into or --serve"},
 	} {
 		cmd := exec.CommandContext(ctx, gnomon, append([]string{"backup"}, tt.args...)...)
 		var stderr strings.Builder
