@@ -376,6 +376,7 @@ func TestVsockFlowControl(t *testing.T) {
 // not at all, and breaks nothing.
 func TestVsockHostile(t *testing.T) {
 	g := newVsockGuest(t, 0)
+	g.side.refuse[99] = true
 	g.begin()
 	with := func(h vsockHeader, f func(*vsockHeader)) vsockHeader { f(&h); return h }
 	good := g.header(vsockData, 1000, 52)
@@ -417,7 +418,6 @@ func TestVsockHostile(t *testing.T) {
 	for range 64 { // the socket's own buffer takes some
 		g.sendPacket(chunk, make([]byte, 1<<16))
 	}
-	g.side.refuse[99] = true
 	g.sendOp(vsockRequest, 1, 99) // the answer to this is the last
 	resets := 0
 	for last := false; !last; {
