@@ -51,7 +51,10 @@ func testHotPlug(ctx context.Context, t *testing.T, m *linux) {
 		for {
 			serial, err := m.agent.GetFile(ctx, "/sys/block/vdc/serial")
 			if err == nil && string(bytes.TrimSpace(serial)) == "serial-hot" {
-				break
+				// It can be opened a moment later.
+				if _, err = m.agent.Read(ctx, wire.ReadArgs{Path: "/dev/vdc", Size: 4096}); err == nil {
+					break
+				}
 			}
 			if ctx.Err() != nil {
 				t.Fatalf("the guest does not see the disk: serial %q, %v", serial, err)
