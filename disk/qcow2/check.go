@@ -309,8 +309,8 @@ func (c *checker) l2Entries(b []byte, t l2Table) error {
 		entry, at := binary.BigEndian.Uint64(b[i*step:]), t.at+i*step
 		if entry&entryCompressed != 0 {
 			place, length := h.stream(entry)
-			if place == 0 || place >= c.n.file.Size() || h.Incompatible&FeatureDataFile != 0 {
-				if err := c.bad(true, at, mended, "L2 table at %#x, entry %d: compressed cluster at %#x", t.at, i, place); err != nil {
+			if place == 0 || place+length > c.clusters*size || h.Incompatible&FeatureDataFile != 0 {
+				if err := c.bad(true, at, mended, "L2 table at %#x, entry %d: compressed cluster at %#x, of %d bytes", t.at, i, place, length); err != nil {
 					return err
 				}
 				continue

@@ -63,6 +63,9 @@ func (r *references) merge(other *references) error {
 	return nil
 }
 
+// maxSnapshotExtra is QEMU's limit of what a snapshot's entry has beside the known.
+const maxSnapshotExtra = 1024
+
 // snapshotL1 is where an internal snapshot has its L1 table.
 type snapshotL1 struct{ l1At, l1Entries int64 }
 
@@ -94,7 +97,11 @@ func (n *Node) snapshots() ([]snapshotL1, int64, error) {
 		}
 		out = append(out, s)
 		id, name, extra := int64(be.Uint16(b[12:])), int64(be.Uint16(b[14:])), int64(be.Uint32(b[36:]))
-		at += (40 + extra + id + name + 7) &^ 7
+		at += 40 + extra + id + name
+		if extra > maxSnapshotExtra || at > n.file.Size() {
+			return nil, 0, fmt.Errorf("%w: snapshot %d ends at %#x, behind the file", ErrCorrupt, i, at)
+		}
+		at = (at + 7) &^ 7
 	}
 	if length := at - h.SnapshotOffset; length <= 64<<20 {
 		return out, length, nil
