@@ -27,7 +27,7 @@ type Consolidation struct {
 	base    base        // open to be written
 	path    string      // the overlay's
 	filter  *Filter
-	done    bool // the overlay is gone
+	done    bool // the disk is in the base, and the overlay gone
 }
 
 // Consolidate puts the filter in place. Run makes the pass; then Finish or Cancel
@@ -84,8 +84,11 @@ func (c *Consolidation) Run(ctx context.Context) error { return c.filter.Run(ctx
 func (c *Consolidation) Figures() Figures { return c.filter.Figures() }
 
 // Cancel takes the filter away. The disk goes on in its overlay; the base is not the
-// snapshot any more that it was.
+// snapshot any more that it was. Once the disk is in the base Cancel does nothing.
 func (c *Consolidation) Cancel() error {
+	if c.done {
+		return nil
+	}
 	var err error
 	c.root.Drained(func(block.Node) block.Node {
 		err = c.base.Freeze()
@@ -97,12 +100,8 @@ func (c *Consolidation) Cancel() error {
 // Finish has the disk's user go on in the base, and leaves an empty
 // overlay in the old one's place. When it fails the disk is as after Cancel.
 func (c *Consolidation) Finish() error {
-	err := c.finish()
-	if err != nil && !c.done {
-		err = errors.Join(err, c.Cancel())
-	}
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrMirror, err)
+	if err := c.finish(); err != nil {
+		return fmt.Errorf("%w: %w", ErrMirror, errors.Join(err, c.Cancel()))
 	}
 	return nil
 }
