@@ -16,7 +16,7 @@ type change struct {
 	claim string
 	// prepare does what can be done before, and is undone by abandon.
 	prepare func() error
-	abandon func()
+	abandon func() error
 	// apply makes the change, and returns the node with which the disk goes on. What
 	// it did is undone by revert, which gets that node and returns the one before.
 	apply  func(current block.Node) (block.Node, error)
@@ -40,7 +40,7 @@ func (mon *monitor) transact(changes ...*change) error {
 	if err != nil {
 		for ; t.prepared > 0; t.prepared-- {
 			if c := changes[t.prepared-1]; c.abandon != nil {
-				c.abandon()
+				err = errors.Join(err, c.abandon())
 			}
 		}
 		return err

@@ -86,9 +86,9 @@ func (mon *monitor) commitNewest(w *blockWork, base int) {
 		mon.rename(d, names)
 		return err
 	}
-	w.abandon = func() {
-		_ = c.Cancel()
-		mon.rename(d, names)
+	w.abandon = func() error {
+		defer mon.rename(d, names)
+		return c.Cancel()
 	}
 	w.work = func(ctx context.Context) error {
 		if err := c.Run(ctx); err != nil {
@@ -126,9 +126,9 @@ func (mon *monitor) commitMiddle(w *blockWork, top, base int, name string) {
 		mon.rename(d, names)
 		return err
 	}
-	w.abandon = func() {
-		_ = m.Cancel()
-		mon.rename(d, names)
+	w.abandon = func() error {
+		defer mon.rename(d, names)
+		return m.Cancel()
 	}
 	w.work = func(ctx context.Context) error {
 		err := m.Run(ctx)

@@ -134,13 +134,14 @@ func (t *target) close() error {
 }
 
 // abandon gives up a copy that is not complete.
-func (t *target) abandon() {
+func (t *target) abandon() (err error) {
 	if !t.named {
-		t.node.Close()
+		err = t.node.Close()
 	}
 	if t.path != "" {
-		os.Remove(t.path)
+		err = errors.Join(err, os.Remove(t.path))
 	}
+	return err
 }
 
 // fileTarget is an image that is made, or opened, for the job.
@@ -235,9 +236,9 @@ func (w *blockWork) prepareTarget(t *target) error {
 		return err
 	}
 	if have, need := t.node.Size(), w.disk.Node.Size(); have != need {
-		t.abandon()
+		err := t.abandon()
 		w.dropNodes()
-		return qmp.Errorf("the target has %d bytes, and the disk %d", have, need)
+		return errors.Join(qmp.Errorf("the target has %d bytes, and the disk %d", have, need), err)
 	}
 	return nil
 }

@@ -47,7 +47,7 @@ type blockWork struct {
 	install   func(current block.Node) (block.Node, error)
 	uninstall func(current block.Node) block.Node
 	work      func(context.Context) error
-	abandon   func()
+	abandon   func() error
 	nodes     []*graphNode // which it uses
 	onError   onError
 	ignored   error // the first that was
@@ -240,18 +240,19 @@ func (w *blockWork) begin() error {
 }
 
 // end takes back what begin did.
-func (w *blockWork) end() {
+func (w *blockWork) end() error {
 	delete(w.mon.blockJobs.starting, w.id)
 	delete(w.mon.blockJobs.byDisk, w.disk.ID)
-	w.letGo()
+	return w.letGo()
 }
 
 // letGo gives up what the job worked with.
-func (w *blockWork) letGo() {
+func (w *blockWork) letGo() (err error) {
 	if w.abandon != nil {
-		w.abandon()
+		err = w.abandon()
 	}
 	w.dropNodes()
+	return err
 }
 
 func (w *blockWork) dropNodes() {
@@ -272,11 +273,12 @@ func (w *blockWork) start() (err error) {
 		Commit: func() { w.free(); w.tellEnd(nil) },
 		Abort: func() {
 			<-started
+			err := w.job.Err()
 			if !done {
-				w.undo()
+				err = errors.Join(err, w.undo())
 			}
 			w.free()
-			w.tellEnd(w.job.Err())
+			w.tellEnd(err)
 		},
 	}, func(ctx context.Context, _ *qmp.Job) error {
 		<-started
@@ -287,7 +289,7 @@ func (w *blockWork) start() (err error) {
 	})
 	delete(w.mon.blockJobs.starting, w.id)
 	if err != nil {
-		w.undoLocked()
+		err = errors.Join(err, w.undoLocked())
 		delete(w.mon.blockJobs.byDisk, w.disk.ID)
 		return err
 	}
@@ -296,18 +298,18 @@ func (w *blockWork) start() (err error) {
 }
 
 // undo takes away what the work, which has failed, worked with.
-func (w *blockWork) undo() {
+func (w *blockWork) undo() error {
 	w.mon.bitmaps.mu.Lock()
 	defer w.mon.bitmaps.mu.Unlock()
-	w.undoLocked()
+	return w.undoLocked()
 }
 
 // undoLocked is undo with bitmaps.mu held.
-func (w *blockWork) undoLocked() {
+func (w *blockWork) undoLocked() error {
 	if w.uninstall != nil {
 		w.disk.Root.Drained(func(current block.Node) block.Node { return w.uninstall(current) })
 	}
-	w.letGo()
+	return w.letGo()
 }
 
 // free lets others change the disk.

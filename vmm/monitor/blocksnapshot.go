@@ -1,6 +1,7 @@
 package monitor
 
 import (
+	"errors"
 	"fmt"
 	"os"
 
@@ -120,11 +121,12 @@ func (mon *monitor) snapshotSync(_ *qmp.Session, a snapshotSyncArguments) (*chan
 		}
 		return err
 	}
-	c.abandon = func() {
-		o.overlay.Close()
+	c.abandon = func() error {
+		err := o.overlay.Close()
 		if create {
-			os.Remove(a.SnapshotFile)
+			err = errors.Join(err, os.Remove(a.SnapshotFile))
 		}
+		return err
 	}
 	c.done = func() error {
 		if a.SnapshotNodeName != nil {
@@ -160,7 +162,10 @@ func (mon *monitor) snapshotOn(_ *qmp.Session, a overlayArguments) (*change, err
 		}
 		return err
 	}
-	c.abandon = func() { mon.drop(e, by) }
+	c.abandon = func() error {
+		mon.drop(e, by)
+		return nil
+	}
 	c.done = func() error {
 		mon.graph.join(e, o.base, d.ID)
 		mon.drop(e, by)
