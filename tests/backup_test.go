@@ -3,7 +3,6 @@ package tests
 import (
 	"context"
 	"encoding/json"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -34,10 +33,6 @@ func backupInto(ctx context.Context, t *testing.T, args ...string) (b backedUp) 
 func TestBackupsOfMachines(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	kernel, err := probe.Path()
-	if err != nil {
-		t.Fatal(err)
-	}
 	const words = "blk op=randwrite bs=4k qd=4 count=50000 seed=5 order=1; wait for=test; blk op=randread bs=4k qd=4 count=8192 seed=5 order=1 verify=1"
 	for _, vmm := range []string{"gnomon", "QEMU"} {
 		for _, format := range []string{"raw", "qcow2"} {
@@ -46,17 +41,7 @@ func TestBackupsOfMachines(t *testing.T) {
 				at := func(name string) string { return filepath.Join(dir, name) }
 				img, machine, into := at("disk."+format), at("qmp.sock"), at("backups")
 				qemuImg(ctx, t, "create", "-q", "-f", format, img, "16M")
-				var p *process
-				var serial io.ReadWriter
-				if vmm == "gnomon" {
-					p, serial = launch(t, "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file="+img+",changes=on", "--qmp", "unix:"+machine)
-					p.connect(ctx, t)
-				} else {
-					p, serial = launchProgram(t, "qemu-system-x86_64", "-accel", "kvm", "-machine", "q35", "-bios", "qboot.rom", "-m", "64", "-nodefaults",
-						"-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", kernel, "-append", words, "-qmp", "unix:"+machine+",server=on,wait=off",
-						"-drive", "file="+img+",format="+format+",if=none,id=disk0", "-device", "virtio-blk-pci,drive=disk0,disable-legacy=on")
-				}
-				awaitFile(ctx, t, machine)
+				p, serial := launchEither(ctx, t, vmm, words, img, ",changes=on", machine)
 				same := func() {
 					t.Helper()
 					qemuImg(ctx, t, "compare", "-U", "-f", format, "-F", "qcow2", img, at("reference.qcow2"))

@@ -122,10 +122,6 @@ func TestDiskCommands(t *testing.T) {
 func TestDisksOfMachines(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	kernel, err := probe.Path()
-	if err != nil {
-		t.Fatal(err)
-	}
 	const words = "blk op=randwrite bs=4k qd=4 count=50000 seed=5 order=1; wait for=test; blk op=randread bs=4k qd=4 count=8192 seed=5 order=1 verify=1"
 	for _, vmm := range []string{"gnomon", "QEMU"} {
 		t.Run(vmm, func(t *testing.T) {
@@ -133,17 +129,7 @@ func TestDisksOfMachines(t *testing.T) {
 			at := func(name string) string { return filepath.Join(dir, name) }
 			img, machine := at("disk.img"), at("qmp.sock")
 			qemuImg(ctx, t, "create", "-q", "-f", "raw", img, "16M")
-			var p *process
-			var serial io.ReadWriter
-			if vmm == "gnomon" {
-				p, serial = launch(t, "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file="+img, "--qmp", "unix:"+machine)
-				p.connect(ctx, t)
-			} else {
-				p, serial = launchProgram(t, "qemu-system-x86_64", "-accel", "kvm", "-machine", "q35", "-bios", "qboot.rom", "-m", "64", "-nodefaults",
-					"-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", kernel, "-append", words, "-qmp", "unix:"+machine+",server=on,wait=off",
-					"-drive", "file="+img+",format=raw,if=none,id=disk0", "-device", "virtio-blk-pci,drive=disk0,disable-legacy=on")
-			}
-			awaitFile(ctx, t, machine)
+			p, serial := launchEither(ctx, t, vmm, words, img, "", machine)
 			command(ctx, t, "qmp", machine, "stop")
 			command(ctx, t, "backup", machine, "--to", at("backup.qcow2"))
 			qemuImg(ctx, t, "compare", "-U", "-f", "raw", img, at("backup.qcow2"))
@@ -174,6 +160,31 @@ func TestDisksOfMachines(t *testing.T) {
 			}
 		})
 	}
+}
+
+// launchEither launches a machine of ours or of QEMU's with the probe guest and one
+// disk, disk0, and waits for its QMP socket. The options of the disk are for ours.
+func launchEither(ctx context.Context, t *testing.T, vmm, words, img, options, socket string) (*process, io.ReadWriter) {
+	t.Helper()
+	kernel, err := probe.Path()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var p *process
+	var serial io.ReadWriter
+	if vmm == "gnomon" {
+		p, serial = launch(t, "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file="+img+options, "--qmp", "unix:"+socket)
+	} else {
+		format := "raw"
+		if filepath.Ext(img) == ".qcow2" {
+			format = "qcow2"
+		}
+		p, serial = launchProgram(t, "qemu-system-x86_64", "-accel", "kvm", "-machine", "q35", "-bios", "qboot.rom", "-m", "64", "-nodefaults",
+			"-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", kernel, "-append", words, "-qmp", "unix:"+socket+",server=on,wait=off",
+			"-drive", "file="+img+",format="+format+",if=none,id=disk0", "-device", "virtio-blk-pci,drive=disk0,disable-legacy=on")
+	}
+	awaitFile(ctx, t, socket)
+	return p, serial
 }
 
 // awaitFile returns when a machine's socket is there.

@@ -11,8 +11,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"github.com/gnomon-vmm/gnomon/tests/guest/probe"
 )
 
 // served runs gnomon backup --serve, and f while that serves the disk at a URI.
@@ -38,10 +36,6 @@ func served(ctx context.Context, t *testing.T, f func(uri string), args ...strin
 func TestPulledBackups(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	kernel, err := probe.Path()
-	if err != nil {
-		t.Fatal(err)
-	}
 	const words = "blk op=randwrite qd=4 count=1000; wait for=first; blk op=randwrite qd=4 off=2M span=1M count=1000 seed=2; wait for=second; blk op=randwrite qd=4 count=100000000 seed=3"
 	for _, vmm := range []string{"gnomon", "QEMU"} {
 		t.Run(vmm, func(t *testing.T) {
@@ -49,15 +43,7 @@ func TestPulledBackups(t *testing.T) {
 			at := func(name string) string { return filepath.Join(dir, name) }
 			img, machine, socket := at("disk.img"), at("qmp.sock"), at("nbd.sock")
 			qemuImg(ctx, t, "create", "-q", "-f", "raw", img, "16M")
-			program, args := gnomon, []string{"run", "--name", machineName(t), "--kernel", kernel, "--append", words, "--memory", "64M", "--net", "none", "--disk", "file=" + img, "--qmp", "unix:" + machine}
-			if vmm == "QEMU" {
-				program, args = "qemu-system-x86_64", []string{
-					"-accel", "kvm", "-machine", "q35", "-bios", "qboot.rom", "-m", "64", "-nodefaults",
-					"-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", kernel, "-append", words, "-qmp", "unix:" + machine + ",server=on,wait=off",
-					"-drive", "file=" + img + ",format=raw,if=none,id=disk0", "-device", "virtio-blk-pci,drive=disk0,disable-legacy=on",
-				}
-			}
-			_, serial := launchProgram(t, program, args...)
+			_, serial := launchEither(ctx, t, vmm, words, img, "", machine)
 			readUntil(serial, "for=first")
 			content := func(path string) []byte {
 				b, err := os.ReadFile(path)

@@ -82,7 +82,9 @@ func TestHurry(t *testing.T) {
 			ended.Add(1)
 			go func() {
 				defer ended.Done()
-				_ = r.Writev(p, 0)
+				if err := r.Writev(p, 0); err != nil {
+					t.Error(err)
+				}
 			}()
 		}
 		r.Drained(func(n Node) Node { return n }) // requests that wait are none under way

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -244,7 +245,10 @@ func (k *killed) kill() {
 			dead = true
 		}
 	}
-	_ = cmd.Wait() // it was killed
+	// Killed, or through with everything just before; it must not have ended otherwise.
+	if err := cmd.Wait(); err != nil && cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+		k.t.Errorf("kill %d: %v", k.kills, err)
+	}
 	switch last {
 	case "step":
 		k.inPass++

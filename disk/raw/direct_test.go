@@ -57,31 +57,7 @@ func TestDirectModel(t *testing.T) {
 					path = loop(t, path, sectors)
 				}
 				n = openWith(t, path, o)
-				rng := rand.New(rand.NewPCG(3, 4))
-				for step := range 300 {
-					off := rng.Int64N(size + 1)
-					length := rng.Int64N(min(size-off, 1<<rng.IntN(18)) + 1)
-					area := model[off : off+length]
-					var err error
-					switch op := rng.IntN(6); op {
-					case 0, 1:
-						got := make([]byte, length)
-						if err = n.Readv(split(rng, got), off); err == nil && !bytes.Equal(got, area) {
-							t.Fatalf("step %d: read of %d at %d is not what was written", step, length, off)
-						}
-					case 2, 3:
-						for i := range area {
-							area[i] = byte(rng.Uint32())
-						}
-						err = n.Writev(split(rng, bytes.Clone(area)), off)
-					default:
-						clear(area)
-						err = n.WriteZeroes(off, length, op == 4)
-					}
-					if err != nil {
-						t.Fatalf("step %d: %v", step, err)
-					}
-				}
+				operate(t, n, model, rand.New(rand.NewPCG(3, 4)), 300, false)
 				if err := n.Close(); err != nil {
 					t.Fatal(err)
 				}
