@@ -285,7 +285,7 @@ func (m *Machine) resume() error {
 		m.goOn = true
 		return nil
 	}
-	if err := m.startDevices(); err != nil {
+	if err := m.startKVMClock(); err != nil {
 		return err
 	}
 	if m.saved != nil && m.Status() == StatusPrelaunch {
@@ -294,7 +294,8 @@ func (m *Machine) resume() error {
 		}
 	}
 	m.setStatus(StatusRunning)
-	m.events.emit(Resumed{})
+	m.events.emit(Resumed{}) // before what the devices tell
+	m.letDevicesGo()
 	m.gate.release(holdUser)
 	m.finishEjects()
 	return nil
@@ -318,6 +319,12 @@ func (m *Machine) startDevices() error {
 	if err := m.startKVMClock(); err != nil {
 		return err
 	}
+	m.letDevicesGo()
+	return nil
+}
+
+// letDevicesGo starts all but KVM's clock, which was started before it.
+func (m *Machine) letDevicesGo() {
 	m.clock.start()
 	m.serial.Resume()
 	m.rtc.Resume()
@@ -328,7 +335,6 @@ func (m *Machine) startDevices() error {
 	for _, d := range m.virtio {
 		d.Resume()
 	}
-	return nil
 }
 
 // hurryDisks has no request of a disk wait for the disk's limits, so that the devices
