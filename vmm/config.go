@@ -106,6 +106,21 @@ const (
 	OnErrorNoSpace OnError = "enospc" // OnErrorStop for want of space, OnErrorReport for the rest
 )
 
+// sideBySide is how many requests of a queue are under way at most on a disk whose
+// requests wait for a device.
+const sideBySide = 64
+
+// depth is how many requests of a queue are served side by side: one by one where a
+// request that fails may have the machine stop.
+func (d *Disk) depth() int {
+	for _, policy := range []OnError{d.ReadError, d.WriteError} {
+		if policy == OnErrorStop || policy == OnErrorNoSpace {
+			return 1
+		}
+	}
+	return sideBySide
+}
+
 // onIOError decides by the disk's policies.
 func (d *Disk) onIOError(op virtio.BlkOp, err error) virtio.BlkAction {
 	policy := d.WriteError

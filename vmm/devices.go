@@ -121,7 +121,7 @@ func (m *Machine) attachDisk(d Disk, plug bool) error {
 	}
 	d.Node = root
 	blk, err := virtio.NewBlk(virtio.BlkConfig{
-		Node: d.Node, Serial: d.Serial, Queues: d.Queues,
+		Node: d.Node, Serial: d.Serial, Queues: d.Queues, Depth: d.depth(),
 		OnIOError: func(op virtio.BlkOp, err error) virtio.BlkAction {
 			action := d.onIOError(op, err)
 			m.events.emit(BlockIOError{Device: d.ID, Operation: string(op), Action: string(action), Err: err})

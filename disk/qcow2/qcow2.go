@@ -226,6 +226,9 @@ func readFrom(node block.Node, c *cursor, off, length int64) error {
 // Size implements block.Node.
 func (n *Node) Size() int64 { return n.size.Load() }
 
+// Waits implements block.Waiter.
+func (n *Node) Waits() bool { return block.Waits(n.dataFile()) }
+
 // ReadOnly implements block.Node.
 func (n *Node) ReadOnly() bool { return n.w == nil }
 

@@ -387,6 +387,9 @@ func (n *Node) Freeze() error {
 	return downgrade(n.fd)
 }
 
+// Waits implements block.Waiter: past the page cache, requests wait for the device.
+func (n *Node) Waits() bool { return n.io != nil }
+
 // ReadOnly implements block.Node.
 func (n *Node) ReadOnly() bool { return n.readOnly }
 

@@ -91,8 +91,12 @@ type BlkConfig struct {
 	QueueSize uint16
 	// BlockSize is the logical block size in bytes, 512 or 4096; 0 means 512.
 	BlockSize int
+	// Depth is how many requests of a queue are served side by side at most where the
+	// node's requests wait for a device (block.Waits); 0 means 1. With more than 1 a
+	// request cannot wait for Retry: BlkStop means BlkReport.
+	Depth int
 	// OnIOError, where not nil, decides what becomes of a request that the node failed;
-	// where it is nil the driver is told. It is called by the queue's worker and must not
+	// where it is nil the driver is told. It is called by any goroutine and must not
 	// block.
 	OnIOError func(op BlkOp, err error) BlkAction
 	// OnStop, where not nil, is told when requests wait for Retry since one failed. It
@@ -125,6 +129,7 @@ type Blk struct {
 	readOnly bool
 	features uint64
 	queues   []*blkQueue
+	lanes    []*blkLanes // by queue; from Start to Stop where Depth is more than 1
 	stats    blkCounters
 	host     atomic.Pointer[Host]
 	accepted atomic.Uint64 // feature bits the driver accepted
@@ -163,6 +168,8 @@ func NewBlk(cfg BlkConfig) (*Blk, error) {
 		return nil, fmt.Errorf("%w: queue size %d; powers of two from 4 to %d are possible", ErrBlk, cfg.QueueSize, MaxQueueSize)
 	case cfg.BlockSize != 512 && cfg.BlockSize != 4096:
 		return nil, fmt.Errorf("%w: block size %d; 512 and 4096 are possible", ErrBlk, cfg.BlockSize)
+	case cfg.Depth < 0 || cfg.Depth > MaxQueueSize:
+		return nil, fmt.Errorf("%w: %d requests side by side; 1 to %d are possible", ErrBlk, cfg.Depth, MaxQueueSize)
 	case len(cfg.Serial) > blkIDSize:
 		return nil, fmt.Errorf("%w: serial of %d bytes; at most %d are possible", ErrBlk, len(cfg.Serial), blkIDSize)
 	}
@@ -236,11 +243,21 @@ func (b *Blk) Start(features uint64, queues []*Queue, host Host) error {
 	b.started.Store(&queues)
 	b.accepted.Store(features)
 	b.host.Store(&host)
+	if b.cfg.Depth > 1 {
+		b.lanes = make([]*blkLanes, len(queues))
+		for i, q := range queues {
+			b.lanes[i] = &blkLanes{blk: b, queue: q}
+		}
+	}
 	return nil
 }
 
 // Stop ends serving. The cache mode is back to write-back after a reset.
 func (b *Blk) Stop() {
+	for _, l := range b.lanes {
+		l.end()
+	}
+	b.lanes = nil
 	b.started.Store(nil)
 	b.stopped.Store(nil)
 	b.host.Store(nil)
@@ -299,8 +316,11 @@ func (b *Blk) writeThrough() bool {
 	return b.accepted.Load()&BlkFeatureFlush == 0 || !b.writeback.Load()
 }
 
-// Handle serves requests until the queue is empty.
+// Handle serves requests until the queue is empty, or has lanes serve them.
 func (b *Blk) Handle(q *Queue) error {
+	if b.lanes != nil && (block.Waits(b.cfg.Node) || q.shared && b.lanes[q.Index()].underWay()) {
+		return b.lanes[q.Index()].dispatch()
+	}
 	bq := b.queues[q.Index()]
 	cost := 0
 	for {
@@ -446,6 +466,9 @@ func (b *Blk) done(c *blkCounter, op BlkOp, n int64, start time.Time, err error)
 		action := BlkReport
 		if b.cfg.OnIOError != nil {
 			action = b.cfg.OnIOError(op, err)
+		}
+		if action == BlkStop && b.cfg.Depth > 1 {
+			action = BlkReport // see BlkConfig.Depth
 		}
 		switch action {
 		case BlkStop:

@@ -4,7 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"sync/atomic"
+	"sync"
 
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 )
@@ -67,7 +67,8 @@ type QueueState struct {
 	AvailWrap, UsedWrap bool
 }
 
-// Queue is one virtqueue (section 2.7 split, 2.8 packed), used only by its worker.
+// Queue is one virtqueue (section 2.7 split, 2.8 packed), used only by its worker, or
+// after share by other goroutines too, which push.
 type Queue struct {
 	index    int
 	mem      *guestmem.Memory
@@ -89,9 +90,13 @@ type Queue struct {
 	quiet       bool   // the driver was told not to kick
 	unsignalled uint32 // descriptors (packed) or chains (split) pushed since the last look at whether to interrupt
 
-	hold *atomic.Bool // Pop finds nothing while it is set; may be nil
-	wake func()       // may be nil
-	intr func()       // interrupts the driver; may be nil
+	shared  bool       // set by the worker, for good
+	pushing sync.Mutex // held, where shared, for used, usedWrap, unsignalled and quiet, and where the driver sees these
+	aside   bool       // the device goes on with chains after Handle; the worker's
+
+	gate *gate  // Pop finds nothing while it holds; may be nil
+	wake func() // may be nil
+	intr func() // interrupts the driver; may be nil
 }
 
 // newQueue checks a driver's set-up and returns the queue, whose rings stay
@@ -174,12 +179,47 @@ func (q *Queue) Wake() {
 	}
 }
 
+// share lets other goroutines call Push and Flush from now on, too. It is called by the
+// worker, in Handle. What they do between join and leave counts as the worker's.
+func (q *Queue) share() {
+	if !q.shared { // which the others read
+		q.shared = true
+	}
+}
+
+// join keeps the transport from pausing and stopping until leave, which any goroutine may
+// call. It is called by the worker, in Handle.
+func (q *Queue) join() {
+	if q.gate != nil {
+		q.gate.join()
+	}
+}
+
+func (q *Queue) leave() {
+	if q.gate != nil {
+		q.gate.leave()
+	}
+}
+
+// lock and unlock are around what pushing guards.
+func (q *Queue) lock() {
+	if q.shared {
+		q.pushing.Lock()
+	}
+}
+
+func (q *Queue) unlock() {
+	if q.shared {
+		q.pushing.Unlock()
+	}
+}
+
 // Pop takes the next available chain into c. It returns false when there is
 // none, or when the device shall pause and Handle return; and an error where
 // the driver broke the ring (the device is then broken).
 func (q *Queue) Pop(c *Chain) (bool, error) {
 	c.reset()
-	if q.hold != nil && q.hold.Load() {
+	if q.gate != nil && q.gate.hold.Load() {
 		return false, nil
 	}
 	if q.packed {
@@ -211,6 +251,8 @@ func (q *Queue) Push(c *Chain, written uint32) error {
 		q.mem.MarkDirty(c.Write[i].GPA, n)
 		left -= n
 	}
+	q.lock()
+	defer q.unlock()
 	if q.packed {
 		q.pushPacked(c, written)
 	} else {
@@ -222,19 +264,26 @@ func (q *Queue) Push(c *Chain, written uint32) error {
 // Flush interrupts the driver now for what has been pushed, if it wants that,
 // where Handle has more work that takes long.
 func (q *Queue) Flush() {
-	if q.unsignalled == 0 {
-		return
+	if q.wantInterrupt() && q.intr != nil {
+		q.intr()
 	}
-	want := false
-	if q.packed {
+}
+
+// wantInterrupt tells whether the driver wants to be interrupted for what has been
+// pushed since the last call.
+func (q *Queue) wantInterrupt() (want bool) {
+	q.lock()
+	defer q.unlock()
+	switch {
+	case q.unsignalled == 0:
+		return false
+	case q.packed:
 		want = q.wantInterruptPacked()
-	} else {
+	default:
 		want = q.wantInterruptSplit()
 	}
 	q.unsignalled = 0
-	if want && q.intr != nil {
-		q.intr()
-	}
+	return want
 }
 
 // hasAvail tells whether the driver has put a chain in the queue.
@@ -250,6 +299,8 @@ func (q *Queue) suppressKicks() {
 	if q.quiet {
 		return
 	}
+	q.lock()
+	defer q.unlock()
 	q.quiet = true
 	if q.packed {
 		q.suppressKicksPacked()
@@ -261,12 +312,14 @@ func (q *Queue) suppressKicks() {
 // wantKicks asks the driver to kick for the next chain. It returns true where a chain
 // came before that could take effect.
 func (q *Queue) wantKicks() bool {
+	q.lock()
 	q.quiet = false
 	if q.packed {
 		q.wantKicksPacked()
 	} else {
 		q.wantKicksSplit()
 	}
+	q.unlock()
 	return q.hasAvail()
 }
 

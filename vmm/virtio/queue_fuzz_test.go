@@ -1,7 +1,6 @@
 package virtio
 
 import (
-	"sync/atomic"
 	"testing"
 
 	"github.com/gnomon-vmm/gnomon/mm/guestmem"
@@ -149,10 +148,9 @@ func FuzzBlk(f *testing.F) {
 			t.Fatal(err)
 		}
 		// A request may lie over the rings, and so make more requests.
-		var hold atomic.Bool
+		q.gate = newGate()
 		calls := 0
-		node.called = func() { calls++; hold.Store(calls > 1000) }
-		q.hold = &hold
+		node.called = func() { calls++; q.gate.hold.Store(calls > 1000) }
 		_ = blk.Handle(q)
 		if s := blk.Stats(); in[0]&0x80 != 0 && s.Write.Ops+s.Discard.Ops+s.WriteZeroes.Ops > 0 {
 			t.Fatalf("read-only disk was changed: %+v", s)

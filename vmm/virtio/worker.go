@@ -71,7 +71,7 @@ type gate struct {
 	changed  sync.Cond // of anything below
 	paused   bool      // guarded by mu
 	stopping bool      // guarded by mu
-	inside   int       // workers in Handle; guarded by mu
+	inside   int       // workers in Handle, and who has joined them; guarded by mu
 }
 
 func newGate() *gate {
@@ -92,6 +92,13 @@ func (g *gate) enter() bool {
 	}
 	g.inside++
 	return true
+}
+
+// join has one more be inside, who is not a worker. Preconditions: a worker is inside.
+func (g *gate) join() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.inside++
 }
 
 func (g *gate) leave() {
@@ -190,7 +197,7 @@ func (w *worker) serve() bool {
 	for !w.broken.Load() {
 		w.state.Store(workerRunning)
 		q.suppressKicks()
-		q.emptied = false
+		q.emptied, q.aside = false, false
 		err := w.dev.Handle(q)
 		q.Flush()
 		if err != nil {
@@ -208,7 +215,8 @@ func (w *worker) serve() bool {
 			// to fill them with: more of them are no news.
 			return false
 		}
-		if w.poll.spin(w) || q.wantKicks() {
+		// Who waits for chains that the device goes on with needs the processor.
+		if !q.aside && w.poll.spin(w) || q.wantKicks() {
 			continue
 		}
 		return false

@@ -1,0 +1,491 @@
+package virtio
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+)
+
+// waitingNode is a node whose requests wait for a device, which the test plays.
+type waitingNode struct {
+	*memNode
+	waits   atomic.Bool
+	mu      sync.Mutex
+	changed sync.Cond // of anything below
+	open    bool      // requests go through; guarded by mu
+	under   int       // requests under way; guarded by mu
+	most    int       // of those, ever; guarded by mu
+	begun   int       // requests, ever; guarded by mu
+}
+
+func newWaitingNode() *waitingNode {
+	w := &waitingNode{memNode: &memNode{data: pattern(1<<20, 3)}}
+	w.changed.L = &w.mu
+	w.waits.Store(true)
+	return w
+}
+
+func (w *waitingNode) Waits() bool { return w.waits.Load() }
+
+func (w *waitingNode) wait() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.under++
+	w.begun++
+	w.most = max(w.most, w.under)
+	w.changed.Broadcast()
+	for !w.open {
+		w.changed.Wait()
+	}
+	w.under--
+}
+
+func (w *waitingNode) Readv(bufs [][]byte, off int64) error {
+	w.wait()
+	return w.memNode.Readv(bufs, off)
+}
+
+func (w *waitingNode) Writev(bufs [][]byte, off int64) error {
+	w.wait()
+	return w.memNode.Writev(bufs, off)
+}
+
+// await returns when so many requests are under way.
+func (w *waitingNode) await(n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.under < n {
+		w.changed.Wait()
+	}
+}
+
+// set has requests go through, or wait.
+func (w *waitingNode) set(open bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.open = open
+	w.changed.Broadcast()
+}
+
+// counts are the most requests that were under way, and all.
+func (w *waitingNode) counts() (most, begun int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.most, w.begun
+}
+
+// laneGuest is a guest whose disk serves requests side by side.
+type laneGuest struct {
+	*blkGuest
+	disk *waitingNode
+}
+
+func newLaneGuest(t *testing.T, features uint64, cfg BlkConfig) *laneGuest {
+	t.Helper()
+	disk := newWaitingNode()
+	cfg.Node = disk
+	blk, err := NewBlk(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &blkGuest{guest: newGuest(t, blk), node: disk.memNode, blk: blk}
+	t.Cleanup(func() { disk.set(true) }) // before the transport is closed
+	g := &laneGuest{b, disk}
+	g.boot(features)
+	return g
+}
+
+// boot has a new driver start the device.
+func (g *laneGuest) boot(features uint64) {
+	g.t.Helper()
+	g.drv, g.heap = newDriver(g.mem, 0x10000, 128, features)
+	g.start(features|BlkFeatureFlush|BlkFeatureConfigWCE, g.drv)
+}
+
+// place is where a request's header, data and status lie.
+func (g *laneGuest) place(tag int) uint64 { return g.heap + uint64(tag)*1024 }
+
+// add makes a request for one sector available, and kicks as a driver does.
+func (g *laneGuest) add(kind uint32, tag int, sector uint64) {
+	g.t.Helper()
+	at := g.place(tag)
+	if err := g.mem.Write(at, le.AppendUint64(le.AppendUint32(le.AppendUint32(nil, kind), 0), sector)); err != nil {
+		g.t.Fatal(err)
+	}
+	if !g.drv.add([]segment{{at, 16, false}, {at + 64, 512, kind == blkIn}, {at + 64 + 512, 1, true}}, false, tag) {
+		g.t.Fatal("ring is full")
+	}
+	if g.drv.wantsKick() {
+		g.kick(0)
+	}
+}
+
+// reapReads waits for n reads, of the sectors that their tags name.
+func (g *laneGuest) reapReads(n int) {
+	g.t.Helper()
+	got := make([]byte, 513)
+	for range n {
+		tag, _ := g.reap(g.drv, 0)
+		if err := g.mem.Read(g.place(tag)+64, got); err != nil {
+			g.t.Fatal(err)
+		}
+		if got[512] != blkOK || !bytes.Equal(got[:512], g.node.content(uint64(tag)*512, 512)) {
+			g.t.Fatalf("request %d: status %d, or other data", tag, got[512])
+		}
+	}
+}
+
+// held returns when the transport has asked its workers to come out.
+func (g *laneGuest) held() {
+	for !g.pci.gate.hold.Load() {
+		runtime.Gosched()
+	}
+}
+
+func eachRing(t *testing.T, test func(t *testing.T, features uint64)) {
+	for name, features := range ringKinds {
+		t.Run(name, func(t *testing.T) { test(t, features) })
+	}
+}
+
+// A request begins while all those before it wait, whenever it comes; and each gets
+// what is its own.
+func TestBlkSideBySide(t *testing.T) {
+	eachRing(t, func(t *testing.T, features uint64) {
+		const requests = 32
+		g := newLaneGuest(t, features, BlkConfig{Depth: requests})
+		for round := range 4 {
+			for tag := range requests {
+				g.add(blkIn, tag, uint64(tag))
+				if round%2 == 0 {
+					g.disk.await(tag + 1)
+				}
+			}
+			g.disk.await(requests)
+			g.disk.set(true)
+			g.reapReads(requests)
+			g.disk.set(false)
+		}
+		if g.blk.lanes[0].made != requests {
+			t.Errorf("%d lanes for %d requests at a time", g.blk.lanes[0].made, requests)
+		}
+	})
+}
+
+// No more requests are under way than are allowed; those that come while all lanes are
+// taken are served when one is free.
+func TestBlkSideBySideBound(t *testing.T) {
+	eachRing(t, func(t *testing.T, features uint64) {
+		const depth, requests = 4, 30
+		g := newLaneGuest(t, features, BlkConfig{Depth: depth})
+		for range 20 {
+			for tag := range requests / 2 {
+				g.add(blkIn, tag, uint64(tag))
+			}
+			g.disk.await(depth)
+			for tag := requests / 2; tag < requests; tag++ {
+				g.add(blkIn, tag, uint64(tag))
+			}
+			g.disk.set(true)
+			g.reapReads(requests)
+			g.disk.set(false)
+		}
+		if most, begun := g.disk.counts(); most != depth || begun != 20*requests {
+			t.Errorf("%d requests at a time, %d in all; want %d and %d", most, begun, depth, 20*requests)
+		}
+	})
+}
+
+// A device that is to pause waits for all requests under way and begins no more. Its
+// state has none twice and misses none.
+func TestBlkSideBySidePause(t *testing.T) {
+	eachRing(t, func(t *testing.T, features uint64) {
+		const depth, early, late = 8, 12, 5
+		g := newLaneGuest(t, features, BlkConfig{Depth: depth})
+		for tag := range early {
+			g.add(blkIn, tag, uint64(tag))
+		}
+		g.disk.await(depth)
+		paused := make(chan struct{})
+		go func() {
+			defer close(paused)
+			g.pci.Pause()
+		}()
+		g.held()
+		for tag := range late {
+			g.add(blkIn, early+tag, uint64(early+tag))
+		}
+		select {
+		case <-paused:
+			t.Fatal("paused with requests under way")
+		default:
+		}
+		g.disk.set(true)
+		<-paused
+		messages := g.msi.total()
+		if _, begun := g.disk.counts(); begun != depth {
+			t.Errorf("%d requests begun, want the %d that were under way", begun, depth)
+		}
+		g.reapReads(depth)
+		// Another device goes on from the state. It finds the rest in the rings.
+		state, blkState := g.pci.State(), g.blk.State()
+		g.pci.Reset()
+		if g.drv.hasUsed() || g.msi.total() != messages {
+			t.Error("something was served while paused")
+		}
+		if err := errors.Join(g.blk.Restore(blkState), g.pci.Restore(state)); err != nil {
+			t.Fatal(err)
+		}
+		g.pci.Resume()
+		g.reapReads(early + late - depth)
+		if _, begun := g.disk.counts(); begun != early+late {
+			t.Errorf("%d requests begun of %d", begun, early+late)
+		}
+	})
+}
+
+// A reset waits for what is under way, and nothing of it appears in the rings that
+// come after.
+func TestBlkSideBySideReset(t *testing.T) {
+	eachRing(t, func(t *testing.T, features uint64) {
+		const depth, requests = 8, 12
+		g := newLaneGuest(t, features, BlkConfig{Depth: depth})
+		for range 3 {
+			for tag := range requests {
+				g.add(blkIn, tag, uint64(tag))
+			}
+			g.disk.await(depth)
+			reset := make(chan struct{})
+			go func() {
+				defer close(reset)
+				g.write(commonStatus, 1, 0)
+			}()
+			g.held()
+			select {
+			case <-reset:
+				t.Fatal("reset with requests under way")
+			default:
+			}
+			g.disk.set(true)
+			<-reset
+			_, before := g.disk.counts()
+			g.boot(features)
+			g.add(blkIn, 1, 1)
+			g.reapReads(1)
+			if _, begun := g.disk.counts(); g.drv.hasUsed() || begun != before+1 {
+				t.Errorf("%d requests were served by the new rings, or there is more", begun-before)
+			}
+			g.disk.set(false)
+		}
+	})
+}
+
+// A node that stops to wait is served by the worker again, once no lane is busy; one
+// that begins to, by lanes.
+func TestBlkSideBySideChanges(t *testing.T) {
+	eachRing(t, func(t *testing.T, features uint64) {
+		g := newLaneGuest(t, features, BlkConfig{Depth: 8})
+		g.add(blkIn, 0, 0)
+		g.add(blkIn, 1, 1)
+		g.disk.await(2)
+		g.disk.waits.Store(false)
+		g.add(blkIn, 2, 2)
+		g.disk.await(3) // the worker must not serve it beside the lanes
+		g.disk.set(true)
+		g.reapReads(3)
+		for tag := range 20 {
+			g.add(blkIn, tag, uint64(tag))
+			g.reapReads(1)
+		}
+		g.disk.set(false)
+		g.disk.waits.Store(true)
+		for tag := range 3 {
+			g.add(blkIn, tag, uint64(tag))
+			g.disk.await(tag + 1)
+		}
+		g.disk.set(true)
+		g.reapReads(3)
+	})
+}
+
+// A request that breaks the device does not keep others from ending.
+func TestBlkSideBySideBroken(t *testing.T) {
+	eachRing(t, func(t *testing.T, features uint64) {
+		g := newLaneGuest(t, features, BlkConfig{Depth: 8})
+		for tag := range 3 {
+			g.add(blkIn, tag, uint64(tag))
+		}
+		g.disk.await(3)
+		g.drv.add([]segment{{g.heap, 16, false}}, false, 4) // no place for a status
+		g.kick(0)
+		for data := range g.msi.arrived {
+			if data == 0x40 { // configuration
+				break
+			}
+		}
+		g.guest.mu.Lock()
+		if len(g.broken) != 1 || !errors.Is(g.broken[0], ErrBlk) {
+			t.Errorf("reported %v", g.broken)
+		}
+		g.guest.mu.Unlock()
+		g.disk.set(true)
+		g.reapReads(3)
+		g.write(commonStatus, 1, 0)
+		g.boot(features)
+		g.add(blkIn, 1, 1)
+		g.reapReads(1)
+	})
+}
+
+// With requests side by side none can wait for Retry.
+func TestBlkSideBySideError(t *testing.T) {
+	g := newLaneGuest(t, allFeatures, BlkConfig{Depth: 2, OnIOError: func(BlkOp, error) BlkAction { return BlkStop }})
+	g.disk.set(true)
+	g.node.mu.Lock()
+	g.node.fail = errDisk
+	g.node.mu.Unlock()
+	if s, _ := g.request(blkIn, 0, make([]byte, 512), true); s != blkIOErr || g.blk.Stopped() != nil {
+		t.Errorf("status %d, stopped: %v", s, g.blk.Stopped())
+	}
+	for _, depth := range []int{-1, MaxQueueSize + 1} {
+		if _, err := NewBlk(BlkConfig{Node: g.node, Depth: depth}); !errors.Is(err, ErrBlk) {
+			t.Errorf("depth %d: %v", depth, err)
+		}
+	}
+}
+
+// A disk is what an array of sectors is, whatever requests are under way at once, while
+// the machine is paused and goes on.
+func TestBlkSideBySideModel(t *testing.T) {
+	eachRing(t, func(t *testing.T, features uint64) {
+		const requests, rounds = 40, 25
+		g := newLaneGuest(t, features, BlkConfig{Depth: 16})
+		g.disk.set(true)
+		ended := make(chan struct{})
+		var pausing sync.WaitGroup
+		pausing.Go(func() {
+			for {
+				select {
+				case <-ended:
+					return
+				default:
+					g.pci.Pause()
+					g.pci.Resume()
+				}
+			}
+		})
+		rng := rand.New(rand.NewPCG(1, 2))
+		want := g.node.content(0, 1<<20)
+		var sectors [requests]uint64
+		var kinds [requests]uint32
+		under := map[uint64]bool{} // sectors of which a request is under way
+		add := func(tag int) {
+			sector := rng.Uint64N(2048)
+			for under[sector] {
+				sector = rng.Uint64N(2048)
+			}
+			under[sector] = true
+			sectors[tag], kinds[tag] = sector, blkIn
+			if rng.IntN(2) == 0 {
+				kinds[tag] = blkOut
+				data := pattern(512, byte(rng.Int()))
+				copy(want[sector*512:], data)
+				if err := g.mem.Write(g.place(tag)+64, data); err != nil {
+					t.Fatal(err)
+				}
+			}
+			g.add(kinds[tag], tag, sector)
+		}
+		for tag := range requests {
+			add(tag)
+		}
+		got := make([]byte, 513)
+		for left := requests * rounds; left > 0; left-- {
+			tag, written := g.reap(g.drv, 0)
+			if err := g.mem.Read(g.place(tag)+64, got); err != nil {
+				t.Fatal(err)
+			}
+			at := sectors[tag] * 512
+			if got[512] != blkOK || !bytes.Equal(got[:512], want[at:at+512]) || (kinds[tag] == blkIn) != (written == 513) {
+				t.Fatalf("request of kind %d: status %d, %d bytes, or other data", kinds[tag], got[512], written)
+			}
+			delete(under, sectors[tag])
+			if left > requests {
+				add(tag)
+			}
+		}
+		close(ended)
+		pausing.Wait()
+		if !bytes.Equal(g.node.content(0, len(want)), want) {
+			t.Error("the disk holds something else")
+		}
+		if g.drv.hasUsed() || len(g.drv.chains) != 0 {
+			t.Errorf("%d requests are under way", len(g.drv.chains))
+		}
+	})
+}
+
+func TestBlkSideBySideDoesNotAllocate(t *testing.T) {
+	mem := testMemory(t)
+	d, heap := newDriver(mem, 0x4000, 64, allFeatures)
+	q := must(newQueue(mem, 0, allFeatures, &d.state))
+	q.gate = newGate()
+	node := newWaitingNode()
+	node.set(true)
+	blk, err := NewBlk(BlkConfig{Node: node, Depth: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := blk.Start(allFeatures, []*Queue{q}, nil); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		q.gate.stop()
+		blk.Stop()
+	}()
+	_ = mem.Write(heap, make([]byte, 16))
+	segs := []segment{{heap, 16, false}, {heap + 4096, 4096, true}, {heap + 16, 1, true}}
+	// What the driver model allocates counts, too: it is measured alone.
+	round := func(serve func()) func() {
+		return func() {
+			for tag := range 32 {
+				if !d.add(segs, true, tag) {
+					t.Fatal("ring is full")
+				}
+			}
+			serve()
+			for n := 0; n < 32; {
+				if _, _, ok := d.used(); ok {
+					n++
+				} else {
+					runtime.Gosched()
+				}
+			}
+		}
+	}
+	driver := testing.AllocsPerRun(100, round(func() {
+		var c Chain
+		c.Read, c.Write = make([]Buffer, 0, 4), make([]Buffer, 0, 4)
+		for range 32 {
+			if ok, err := q.Pop(&c); !ok || err != nil {
+				t.Fatal(ok, err)
+			}
+			_ = q.Push(&c, 0)
+		}
+	}))
+	n := testing.AllocsPerRun(100, round(func() {
+		for q.hasAvail() {
+			if err := blk.Handle(q); err != nil {
+				t.Fatal(err)
+			}
+			runtime.Gosched()
+		}
+	}))
+	if n > driver+1 {
+		t.Errorf("%v allocations for 32 requests, of which %v are the driver's", n, driver)
+	}
+}
