@@ -35,8 +35,9 @@ func TestBackupsOfMachines(t *testing.T) {
 	defer cancel()
 	const words = "blk op=randwrite bs=4k qd=4 count=50000 seed=5 order=1; wait for=test; blk op=randread bs=4k qd=4 count=8192 seed=5 order=1 verify=1"
 	for _, vmm := range []string{"gnomon", "QEMU"} {
-		for _, format := range []string{"raw", "qcow2"} {
-			t.Run(vmm+" "+format, func(t *testing.T) {
+		for _, tt := range []struct{ format, kept string }{{"raw", ""}, {"qcow2", "qcow2"}, {"raw", "raw"}, {"qcow2", "raw"}} {
+			format := tt.format
+			t.Run(vmm+" "+format+" "+tt.kept, func(t *testing.T) {
 				dir := t.TempDir()
 				at := func(name string) string { return filepath.Join(dir, name) }
 				img, machine, into := at("disk."+format), at("qmp.sock"), at("backups")
@@ -47,7 +48,7 @@ func TestBackupsOfMachines(t *testing.T) {
 					qemuImg(ctx, t, "compare", "-U", "-f", format, "-F", "qcow2", img, at("reference.qcow2"))
 				}
 				for i := range 5 {
-					b := backupInto(ctx, t, machine, "--into", into, "--incremental")
+					b := backupInto(ctx, t, machine, "--into", into, "--incremental", "--format", tt.kept)
 					if b.Number != i+1 || b.Full != (i == 0) {
 						t.Errorf("backup %d: %+v", i+1, b)
 					}
@@ -143,6 +144,8 @@ func TestBackupsAtRest(t *testing.T) {
 		{[]string{"list", dir}, 1, "backups.json"},
 		{[]string{img, "--to", at("new.img")}, 2, "gnomon disk convert"},
 		{[]string{img}, 2, "no --to, --into or --serve"},
+		{[]string{img, "--into", into, "--format", "raw"}, 1, "kept as qcow2"},
+		{[]string{img, "--into", into, "--format", "dir"}, 2, "qcow2 and raw are possible"},
 	} {
 		cmd := exec.CommandContext(ctx, gnomon, append([]string{"backup"}, tt.args...)...)
 		var stderr strings.Builder

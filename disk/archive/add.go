@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"time"
 
+	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/disk/backup"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/changes"
@@ -23,16 +23,15 @@ type Pending struct {
 // that lies on the newest.
 func (a *Archive) Begin(size int64, full bool) (*Pending, error) {
 	p := &Pending{a: a, step: Step{Number: 1, Time: time.Now(), Full: full, Size: size}}
-	o := qcow2.CreateOptions{Size: size}
 	if last := a.Last(); last != nil {
 		p.step.Number = last.Number + 1
-		if !full {
-			o.Backing, o.BackingFormat = last.File(), "qcow2"
-		}
 	} else if !full {
 		return nil, fmt.Errorf("%w %s: there is no backup that another could lie on", ErrArchive, a.dir)
 	}
-	err := qcow2.Create(p.Path(), o)
+	if p.step.Number > maxNumber {
+		return nil, fmt.Errorf("%w %s: there have been %d: choose another directory", ErrArchive, a.dir, maxNumber)
+	}
+	err := a.files.begin(&p.step)
 	if errors.Is(err, qcow2.ErrBacking) {
 		err = fmt.Errorf("%w %s: no more backups can lie on the last full one: make another full one, or merge the oldest (gnomon backup prune): %w", ErrArchive, a.dir, err)
 	}
@@ -42,8 +41,17 @@ func (a *Archive) Begin(size int64, full bool) (*Pending, error) {
 	return p, nil
 }
 
-// Path is where the image is.
-func (p *Pending) Path() string { return p.a.path(p.step.File()) + part }
+// Path is where the image is that the disk is to be copied to.
+func (p *Pending) Path() string {
+	name, _ := p.a.files.part(&p.step)
+	return p.a.path(name)
+}
+
+// Format is the image's: disk.FormatQcow2 or disk.FormatRaw.
+func (p *Pending) Format() string {
+	_, format := p.a.files.part(&p.step)
+	return format
+}
 
 // Number is what the backup will have.
 func (p *Pending) Number() int { return p.step.Number }
@@ -60,19 +68,7 @@ func (p *Pending) Finish(point *changes.Point, bitmap string) (Step, error) {
 
 func (p *Pending) finish() error {
 	a := p.a
-	if err := syncFile(p.Path()); err != nil {
-		return err
-	}
-	sum, err := fileSum(p.Path())
-	if err != nil {
-		return err
-	}
-	info, err := os.Stat(p.Path())
-	if err != nil {
-		return err
-	}
-	p.step.SHA256, p.step.Bytes = sum, info.Size()
-	if err := a.rename(p.Path(), a.path(p.step.File())); err != nil {
+	if err := a.files.finish(&p.step); err != nil {
 		return err
 	}
 	a.catalog.Steps = append(a.catalog.Steps, p.step)
@@ -84,7 +80,7 @@ func (p *Pending) finish() error {
 }
 
 // Abandon removes the image.
-func (p *Pending) Abandon() { os.Remove(p.Path()) }
+func (p *Pending) Abandon() { p.a.files.abandon(&p.step) }
 
 // Continues tells whether a set of changes has all that the disk and the newest backup
 // differ in; if not, why.
@@ -128,7 +124,7 @@ func (a *Archive) Add(ctx context.Context, src block.Node, set *changes.Set, pro
 }
 
 func (p *Pending) copy(ctx context.Context, src block.Node, o backup.Options, progress func(done, total int64)) error {
-	target, err := qcow2.Open(p.Path(), false)
+	target, err := disk.Open(p.Path(), disk.Options{Format: p.Format()})
 	if err != nil {
 		return err
 	}

@@ -1,12 +1,14 @@
-// Package archive keeps the backups of a disk in a directory: qcow2 images, each of
-// which lies on the one before it or on none. A catalog names them with their
+// Package archive keeps the backups of a disk in a directory: qcow2 images or raw files,
+// each of which lies on the one before it or on none. A catalog names them with their
 // checksums; what it does not name is not there. So whatever is killed in between
 // leaves all backups as they were.
+//
+// docs/backup-format.md describes the files.
 package archive
 
 import (
+	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -15,15 +17,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/changes"
-	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 )
 
 // Errors of archives.
@@ -33,14 +34,25 @@ var (
 	ErrDamaged = errors.New("damaged backup")
 	// ErrNoStep is a backup that is not there.
 	ErrNoStep = errors.New("no such backup")
+	// ErrFormat is a format that there is none of, or that the directory does not have.
+	ErrFormat = errors.New("format of backups")
+)
+
+// Formats of backups: qcow2 images, or raw files that need no program to be read.
+const (
+	FormatQcow2 = disk.FormatQcow2
+	FormatRaw   = disk.FormatRaw
 )
 
 const (
 	catalogName = "backups.json"
-	version     = 1
 	maxCatalog  = 64 << 20
-	part        = ".part" // an image that is not a backup yet
+	maxNumber   = 999999
+	part        = ".part" // a file that is not a backup's yet
 )
+
+// versions of the catalog: a program that knows one format only refuses the other.
+var versions = map[string]int{FormatQcow2: 1, FormatRaw: 2}
 
 // Step is one backup.
 type Step struct {
@@ -49,7 +61,7 @@ type Step struct {
 	Full   bool      `json:"full"` // it lies on no other
 	Size   int64     `json:"size"` // of the disk, bytes
 	Bytes  int64     `json:"bytes"`
-	SHA256 string    `json:"sha256"` // of its file
+	SHA256 string    `json:"sha256"` // of its image or, of raw files, of its manifest
 	// Point is the instant in the recording of the disk's changes, if there is one.
 	Point *changes.Point `json:"point,omitempty"`
 	// Bitmap is the name of the machine's dirty bitmap with what changed since, or "".
@@ -59,14 +71,37 @@ type Step struct {
 	Merged string `json:"merged,omitempty"`
 }
 
-// File is the name of the step's image in the directory.
-func (s *Step) File() string { return fmt.Sprintf("%06d.qcow2", s.Number) }
-
 // catalog is what is in backups.json.
 type catalog struct {
 	Version int    `json:"version"`
 	ID      string `json:"id"`
-	Steps   []Step `json:"steps"` // ascending
+	Format  string `json:"format,omitempty"` // "": FormatQcow2
+	Steps   []Step `json:"steps"`            // ascending
+}
+
+// files are how the backups of a directory are kept.
+type files interface {
+	// names are those of a step's files; the first has its data.
+	names(s *Step) []string
+	// owns tells of a name whether a file of a backup, or of one that is being made, may
+	// have it.
+	owns(name string) bool
+	// begin makes the empty image that a step's disk is to be copied to, at part of it.
+	begin(s *Step) error
+	// part is that image, and its format.
+	part(s *Step) (name, format string)
+	// finish makes the step's files of it, durable, and notes their size and checksum.
+	finish(s *Step) error
+	// abandon removes what there is of a step that is not finished.
+	abandon(s *Step)
+	// verify reads all of the files of the step with an index.
+	verify(ctx context.Context, i int) error
+	// open opens what the disk was at the step with an index.
+	open(i int) (block.Node, error)
+	// merge has the step with an index lie on no other, and the catalog say so.
+	merge(ctx context.Context, i int, progress func(done, total int64)) error
+	// recover completes or undoes a merge that was interrupted.
+	recover() error
 }
 
 // Archive is a directory that is in use. Nobody else uses it meanwhile. Its methods
@@ -75,18 +110,32 @@ type Archive struct {
 	dir     string
 	lock    *os.File
 	catalog catalog
+	files   files
 }
 
-var imageName = regexp.MustCompile(`^\.?[0-9]{6}\.qcow2(\.part.*)?$`)
+// Open opens the archive in a directory.
+func Open(dir string) (*Archive, error) {
+	a, err := open(dir, "", false)
+	if err != nil {
+		return nil, fmt.Errorf("%w %s: %w", ErrArchive, dir, err)
+	}
+	return a, nil
+}
 
-// Open opens the archive in a directory; with create it may not be there yet, or
-// be empty.
-func Open(dir string, create bool) (_ *Archive, err error) {
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("%w %s: %w", ErrArchive, dir, err)
-		}
-	}()
+// Create opens the archive in a directory, which may not be there yet, or be empty. Its
+// format is the given one; with "" it is the one that it has, or FormatQcow2.
+func Create(dir, format string) (*Archive, error) {
+	a, err := open(dir, format, true)
+	if err != nil {
+		return nil, fmt.Errorf("%w %s: %w", ErrArchive, dir, err)
+	}
+	return a, nil
+}
+
+func open(dir, format string, create bool) (_ *Archive, err error) {
+	if _, ok := versions[format]; !ok && format != "" {
+		return nil, fmt.Errorf("%w: %q: %s and %s are possible", ErrFormat, format, FormatQcow2, FormatRaw)
+	}
 	if create {
 		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, err
@@ -117,7 +166,10 @@ func Open(dir string, create bool) (_ *Archive, err error) {
 		if _, err := rand.Read(id[:]); err != nil {
 			return nil, err
 		}
-		a.catalog = catalog{Version: version, ID: hex.EncodeToString(id[:])}
+		if a.catalog = (catalog{ID: hex.EncodeToString(id[:])}); format == FormatRaw {
+			a.catalog.Format = format
+		}
+		a.use()
 		return a, a.save()
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("it has no %s: it is not one", catalogName)
@@ -127,7 +179,20 @@ func Open(dir string, create bool) (_ *Archive, err error) {
 	if err := a.catalog.decode(b); err != nil {
 		return nil, err
 	}
+	a.use()
+	if have := a.Format(); format != "" && format != have {
+		return nil, fmt.Errorf("%w: its backups are kept as %s: leave the format out, or choose another directory", ErrFormat, have)
+	}
 	return a, a.recover(names)
+}
+
+// use has the archive keep its files in the format of its catalog.
+func (a *Archive) use() {
+	a.catalog.Version = versions[a.Format()]
+	a.files = images{a}
+	if a.Format() == FormatRaw {
+		a.files = plain{a}
+	}
 }
 
 func readCatalog(path string) ([]byte, error) {
@@ -147,16 +212,22 @@ func (c *catalog) decode(b []byte) error {
 	if err := json.Unmarshal(b, c); err != nil {
 		return fmt.Errorf("%s: %w", catalogName, err)
 	}
-	if c.Version != version {
-		return fmt.Errorf("%s: version %d: this program knows version %d", catalogName, c.Version, version)
+	switch {
+	case c.Version != 1 && c.Version != 2:
+		return fmt.Errorf("%s: version %d: this program knows versions 1 and 2", catalogName, c.Version)
+	case c.Version == 1 && c.Format != "" || c.Version == 2 && c.Format != FormatRaw:
+		return fmt.Errorf("%s: version %d: %w %q", catalogName, c.Version, ErrFormat, c.Format)
 	}
 	if len(c.ID) != 16 {
 		return fmt.Errorf("%s: id %q", catalogName, c.ID)
 	}
 	last := 0
 	for i, s := range c.Steps {
-		if s.Number <= last || s.Number > 999999 || s.Size < 0 || i == 0 && !s.Full {
+		if s.Number <= last || s.Number > maxNumber || s.Size < 0 || i == 0 && !s.Full {
 			return fmt.Errorf("%s: backup %d of %d bytes after backup %d", catalogName, s.Number, s.Size, last)
+		}
+		if c.Format == FormatRaw && (s.Merged != "" || !s.Full && s.Size != c.Steps[i-1].Size) {
+			return fmt.Errorf("%s: backup %d of %d bytes cannot lie on backup %d", catalogName, s.Number, s.Size, last)
 		}
 		last = s.Number
 	}
@@ -170,7 +241,10 @@ func (a *Archive) save() error {
 		return err
 	}
 	next := a.path(catalogName + ".new")
-	f, err := os.Create(next)
+	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600) // never what a link of that name leads to
 	if err != nil {
 		return err
 	}
@@ -191,29 +265,22 @@ func (a *Archive) rename(from, to string) error {
 
 // recover completes or undoes what was interrupted.
 func (a *Archive) recover(names []string) error {
-	for i := range a.catalog.Steps {
-		if s := &a.catalog.Steps[i]; s.Merged != "" {
-			sum, err := fileSum(a.path(s.File()))
-			if err != nil {
-				continue // Verify tells
-			}
-			if sum == s.Merged {
-				s.SHA256, s.Full = sum, true
-			}
-			s.Merged = ""
-			if err := a.save(); err != nil {
-				return err
-			}
-		}
+	if err := a.files.recover(); err != nil {
+		return err
 	}
 	return a.sweep(names)
 }
 
-// sweep removes the images that are not backups.
+// sweep removes the files that are of no backup.
 func (a *Archive) sweep(names []string) error {
+	known := map[string]bool{}
+	for i := range a.catalog.Steps {
+		for _, name := range a.files.names(&a.catalog.Steps[i]) {
+			known[name] = true
+		}
+	}
 	for _, name := range names {
-		known := slices.ContainsFunc(a.catalog.Steps, func(s Step) bool { return s.File() == name })
-		if !known && imageName.MatchString(name) {
+		if !known[name] && a.files.owns(name) {
 			if err := os.Remove(a.path(name)); err != nil {
 				return err
 			}
@@ -229,6 +296,17 @@ func (a *Archive) Close() error { return a.lock.Close() }
 
 // ID is the archive's own, 16 hexadecimal digits.
 func (a *Archive) ID() string { return a.catalog.ID }
+
+// Format is that of its backups.
+func (a *Archive) Format() string {
+	if a.catalog.Format == "" {
+		return FormatQcow2
+	}
+	return a.catalog.Format
+}
+
+// File is the name of the file with a backup's data in the directory.
+func (a *Archive) File(s Step) string { return a.files.names(&s)[0] }
 
 // Steps are the backups, the oldest first.
 func (a *Archive) Steps() []Step { return slices.Clone(a.catalog.Steps) }
@@ -263,45 +341,15 @@ func (a *Archive) chain(i int) []Step {
 	return a.catalog.Steps[first : i+1]
 }
 
-// backing is what the image of a step lies on, or "".
-func (a *Archive) backing(i int) string {
-	if a.catalog.Steps[i].Full {
-		return ""
-	}
-	return a.catalog.Steps[i-1].File()
-}
-
 // OpenStep opens what the disk was at a backup, 0 the newest, to be read.
 func (a *Archive) OpenStep(number int) (block.Node, error) {
 	i, err := a.index(number)
 	if err != nil {
 		return nil, err
 	}
-	n, err := qcow2.Open(a.path(a.catalog.Steps[i].File()), true)
+	n, err := a.files.open(i)
 	if err != nil {
 		return nil, fmt.Errorf("%w %d: %w", ErrDamaged, a.catalog.Steps[i].Number, err)
 	}
 	return n, nil
-}
-
-func fileSum(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return "", err
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
-}
-
-// syncFile makes a file durable, whoever wrote it.
-func syncFile(path string) error {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }

@@ -27,7 +27,7 @@ const (
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(childEnv); dir != "" {
-		if err := child(dir); err != nil {
+		if err := child(dir, filepath.Base(dir)); err != nil {
 			fmt.Println(err)
 		}
 		os.Exit(1)
@@ -144,11 +144,11 @@ func makeDisk(t *testing.T, dir, format string) string {
 // as it was, to qemu-img too; and those that are kept are it after the others have
 // been removed.
 func TestChain(t *testing.T) {
-	for _, format := range []string{"raw", "qcow2"} {
-		t.Run(format, func(t *testing.T) {
+	for _, tt := range [][2]string{{"raw", FormatQcow2}, {"qcow2", FormatQcow2}, {"raw", FormatRaw}, {"qcow2", FormatRaw}} {
+		t.Run(tt[0]+" in "+tt[1], func(t *testing.T) {
 			dir := t.TempDir()
-			path := makeDisk(t, dir, format)
-			a, err := Open(filepath.Join(dir, "backups"), true)
+			path := makeDisk(t, dir, tt[0])
+			a, err := Create(filepath.Join(dir, "backups"), tt[1])
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -180,14 +180,18 @@ func TestChain(t *testing.T) {
 				}
 			}
 			check(0)
-			for _, i := range []int{0, 7, 19} {
-				image := filepath.Join(dir, "want.img")
-				if err := os.WriteFile(image, want[i], 0o600); err != nil {
-					t.Fatal(err)
+			if tt[1] == FormatQcow2 {
+				for _, i := range []int{0, 7, 19} {
+					image := filepath.Join(dir, "want.img")
+					if err := os.WriteFile(image, want[i], 0o600); err != nil {
+						t.Fatal(err)
+					}
+					if out, err := exec.Command("qemu-img", "compare", "-f", "raw", "-F", "qcow2", image, a.path(a.File(a.catalog.Steps[i]))).CombinedOutput(); err != nil {
+						t.Errorf("qemu-img compare: %v: %s", err, out)
+					}
 				}
-				if out, err := exec.Command("qemu-img", "compare", "-f", "raw", "-F", "qcow2", image, a.path(a.catalog.Steps[i].File())).CombinedOutput(); err != nil {
-					t.Errorf("qemu-img compare: %v: %s", err, out)
-				}
+			} else {
+				restoredByHand(t, a, want)
 			}
 			if removed, err := a.Prune(context.Background(), 12, nil); removed != 8 || err != nil {
 				t.Errorf("prune: %d, %v", removed, err)
@@ -204,7 +208,7 @@ func TestChain(t *testing.T) {
 			}
 			check(19)
 			names, err := os.ReadDir(a.dir)
-			if err != nil || len(names) != 2 {
+			if err != nil || len(names) != 1+len(a.files.names(a.Last())) {
 				t.Errorf("files left: %v, %v", names, err)
 			}
 			if err := a.Close(); err != nil {
@@ -225,7 +229,7 @@ func TestContinues(t *testing.T) {
 	defer d.close()
 	var both [2]*Archive
 	for i := range both {
-		if both[i], err = Open(filepath.Join(dir, fmt.Sprint(i)), true); err != nil {
+		if both[i], err = Create(filepath.Join(dir, fmt.Sprint(i)), ""); err != nil {
 			t.Fatal(err)
 		}
 		defer both[i].Close()
@@ -254,13 +258,13 @@ func TestContinues(t *testing.T) {
 	}
 	sound(t, both[0])
 	sound(t, both[1])
-	if _, err := Open(both[0].dir, true); err == nil || !strings.Contains(err.Error(), "another command") {
+	if _, err := Create(both[0].dir, ""); err == nil || !strings.Contains(err.Error(), "another command") {
 		t.Errorf("opened twice: %v", err)
 	}
-	if _, err := Open(dir, true); err == nil || !strings.Contains(err.Error(), catalogName) {
+	if _, err := Create(dir, ""); err == nil || !strings.Contains(err.Error(), catalogName) {
 		t.Errorf("a directory with other things: %v", err)
 	}
-	if _, err := Open(filepath.Join(dir, "none"), false); !errors.Is(err, os.ErrNotExist) {
+	if _, err := Open(filepath.Join(dir, "none")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no directory: %v", err)
 	}
 }
@@ -268,6 +272,14 @@ func TestContinues(t *testing.T) {
 // Damage to any image is told of it and of those that lie on it, such backups are not
 // restored, and pruning does not make sound images of them.
 func TestDamage(t *testing.T) {
+	for _, format := range []string{FormatQcow2, FormatRaw} {
+		t.Run(format, func(t *testing.T) {
+			testDamage(t, format)
+		})
+	}
+}
+
+func testDamage(t *testing.T, format string) {
 	ctx := context.Background()
 	dir := t.TempDir()
 	d, err := openTracked(makeDisk(t, dir, "raw"))
@@ -275,7 +287,7 @@ func TestDamage(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.close()
-	a, err := Open(filepath.Join(dir, "backups"), true)
+	a, err := Create(filepath.Join(dir, "backups"), format)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -286,8 +298,13 @@ func TestDamage(t *testing.T) {
 		}
 	}
 	rnd := rand.New(rand.NewPCG(3, 4))
-	for i := range 6 {
-		path := a.path(a.catalog.Steps[i].File())
+	n := len(a.files.names(a.Last()))
+	for k := range 6 * n {
+		i := k / n
+		path := a.path(a.files.names(&a.catalog.Steps[i])[k%n])
+		if err := os.Chmod(path, 0o600); err != nil {
+			t.Fatal(err)
+		}
 		good, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
@@ -333,8 +350,8 @@ func TestDamage(t *testing.T) {
 }
 
 // child backs up and prunes until it is killed.
-func child(dir string) error {
-	a, err := Open(filepath.Join(dir, "backups"), true)
+func child(dir, format string) error {
+	a, err := Create(filepath.Join(dir, "backups"), format)
 	if err != nil {
 		return err
 	}
@@ -359,7 +376,18 @@ func child(dir string) error {
 // Killed anywhere, 20 times: all backups that the catalog names are sound and the disk as
 // it was, and the next ones go on from them.
 func TestKilled(t *testing.T) {
-	dir := t.TempDir()
+	for _, format := range []string{FormatQcow2, FormatRaw} {
+		t.Run(format, func(t *testing.T) {
+			testKilled(t, format)
+		})
+	}
+}
+
+func testKilled(t *testing.T, format string) {
+	dir := filepath.Join(t.TempDir(), format)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	makeDisk(t, dir, "raw")
 	model, err := disk.Open(makeDisk(t, t.TempDir(), "raw"), disk.Options{})
 	if err != nil {
@@ -383,7 +411,7 @@ func TestKilled(t *testing.T) {
 		timer := time.AfterFunc(time.Duration(slow*(30+rand.IntN(150)))*time.Millisecond, func() { cmd.Process.Kill() })
 		cmd.Wait()
 		timer.Stop()
-		a, err := Open(filepath.Join(dir, "backups"), true)
+		a, err := Create(filepath.Join(dir, "backups"), format)
 		if err != nil {
 			t.Fatalf("kill %d: %v\n%s", kill, err, &out)
 		}
@@ -415,12 +443,13 @@ func TestKilled(t *testing.T) {
 func FuzzCatalog(f *testing.F) {
 	f.Add([]byte(`{"version":1,"id":"0123456789abcdef","steps":[{"number":1,"full":true,"size":512,"sha256":"00"},{"number":2,"size":512,"point":{"recording":"aa","epoch":3},"merged":"11"}]}`))
 	f.Add([]byte(`{"version":1,"id":"0123456789abcdef","steps":[]}`))
+	f.Add([]byte(`{"version":2,"format":"raw","id":"0123456789abcdef","steps":[{"number":7,"full":true,"size":512,"sha256":"00"},{"number":9,"size":512}]}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		dir := t.TempDir()
 		if err := os.WriteFile(filepath.Join(dir, catalogName), b, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		a, err := Open(dir, false)
+		a, err := Open(dir)
 		if err != nil {
 			return
 		}

@@ -12,7 +12,7 @@ import (
 // An archive takes no backup that could not be read for the chain on which it lies, and
 // says what to do; done, it takes them again.
 func TestBackupsOnOneFull(t *testing.T) {
-	a, err := Open(t.TempDir(), true)
+	a, err := Create(t.TempDir(), "")
 	if err != nil {
 		t.Fatal(err)
 	}

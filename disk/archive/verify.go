@@ -6,9 +6,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-
-	"github.com/gnomon-vmm/gnomon/disk/convert"
-	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 )
 
 // Problem is what is wrong with a backup.
@@ -17,9 +14,9 @@ type Problem struct {
 	Text   string `json:"problem"`
 }
 
-// Verify reads all backups, and tells what is wrong with them: an image that is not
-// as it was made, is no sound qcow2 image, or lies on another than it should or on
-// one with which something is wrong.
+// Verify reads all backups, and tells what is wrong with them: one that is not as it was
+// made, is not sound, or lies on another than it should or on one with which something
+// is wrong.
 func (a *Archive) Verify(ctx context.Context, progress func(done, total int64)) ([]Problem, error) {
 	var all []Problem
 	bad := 0 // the newest backup that something is wrong with
@@ -28,7 +25,7 @@ func (a *Archive) Verify(ctx context.Context, progress func(done, total int64)) 
 			return all, err
 		}
 		s := &a.catalog.Steps[i]
-		switch err := a.verify(ctx, i); {
+		switch err := a.files.verify(ctx, i); {
 		case err != nil:
 			all = append(all, Problem{s.Number, err.Error()})
 			bad = s.Number
@@ -43,38 +40,6 @@ func (a *Archive) Verify(ctx context.Context, progress func(done, total int64)) 
 	return all, ctx.Err()
 }
 
-// verify reads the image of one backup.
-func (a *Archive) verify(ctx context.Context, i int) error {
-	s := &a.catalog.Steps[i]
-	path := a.path(s.File())
-	sum, err := fileSum(path)
-	if err != nil {
-		return err
-	}
-	if sum != s.SHA256 {
-		return fmt.Errorf("%s is not as it was when it was made: its checksum is another", s.File())
-	}
-	report, err := qcow2.Check(ctx, path, qcow2.CheckOptions{})
-	if err != nil {
-		return err
-	}
-	if report.Corruptions > 0 || report.CheckErrors > 0 {
-		return fmt.Errorf("%s: the image has %d errors", s.File(), report.Corruptions+report.CheckErrors)
-	}
-	n, err := qcow2.Open(path, true)
-	if err != nil {
-		return err
-	}
-	defer n.Close()
-	if got, want := n.Header().BackingFile, a.backing(i); got != want {
-		return fmt.Errorf("%s lies on %q, not on %q", s.File(), got, want)
-	}
-	if n.Size() != s.Size {
-		return fmt.Errorf("%s is of a disk of %d bytes, not %d", s.File(), n.Size(), s.Size)
-	}
-	return nil
-}
-
 // VerifyStep verifies one backup, 0 the newest, and those it lies on.
 func (a *Archive) VerifyStep(ctx context.Context, number int) error {
 	i, err := a.index(number)
@@ -82,7 +47,7 @@ func (a *Archive) VerifyStep(ctx context.Context, number int) error {
 		return err
 	}
 	for k := i - len(a.chain(i)) + 1; k <= i; k++ {
-		if err := a.verify(ctx, k); err != nil {
+		if err := a.files.verify(ctx, k); err != nil {
 			return fmt.Errorf("%w %d: %w", ErrDamaged, a.catalog.Steps[k].Number, err)
 		}
 	}
@@ -109,7 +74,7 @@ func (a *Archive) prune(ctx context.Context, first int, progress func(done, tota
 		if err := a.VerifyStep(ctx, a.catalog.Steps[first].Number); err != nil {
 			return err // damage must not become a sound image
 		}
-		if err := a.merge(ctx, first, progress); err != nil {
+		if err := a.files.merge(ctx, first, progress); err != nil {
 			return err
 		}
 	}
@@ -120,55 +85,9 @@ func (a *Archive) prune(ctx context.Context, first int, progress func(done, tota
 	}
 	var errs []error
 	for i := range old {
-		errs = append(errs, os.Remove(a.path(old[i].File())))
+		for _, name := range a.files.names(&old[i]) {
+			errs = append(errs, os.Remove(a.path(name)))
+		}
 	}
 	return errors.Join(errs...)
-}
-
-// merge makes the image of a backup one that lies on no other.
-func (a *Archive) merge(ctx context.Context, i int, progress func(done, total int64)) (err error) {
-	s := &a.catalog.Steps[i]
-	src, err := a.OpenStep(s.Number)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	path := a.path(s.File()) + part
-	if err := qcow2.Create(path, qcow2.CreateOptions{Size: s.Size}); err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(path)
-		}
-	}()
-	dst, err := qcow2.Open(path, false)
-	if err != nil {
-		return err
-	}
-	err = convert.Copy(ctx, dst, src, convert.Options{TargetIsZero: true, Progress: progress})
-	if err = errors.Join(err, dst.Close()); err != nil {
-		return err
-	}
-	if err := syncFile(path); err != nil {
-		return err
-	}
-	sum, err := fileSum(path)
-	if err != nil {
-		return err
-	}
-	info, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	// Until it is renamed either checksum is right: see recover.
-	s.Merged = sum
-	if err := a.save(); err != nil {
-		return err
-	}
-	if err := a.rename(path, a.path(s.File())); err != nil {
-		return err
-	}
-	s.SHA256, s.Bytes, s.Full, s.Merged = sum, info.Size(), true, ""
-	return a.save()
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,6 +47,8 @@ With --to a running machine's disk is copied to an image; with --sync top only w
 With --into the backup is added to those in a directory. With --incremental it has only what changed since the newest of
 them, and lies on it; where that is not known it has all, and it is said why. The machine keeps a dirty bitmap for this (on
 a qcow2 disk it outlives the machine). Of a disk that no machine uses the changes are known from --disk ...,changes=on.
+The first backup decides how all of the directory are kept: as qcow2 images or, with --format raw, as plain sparse files,
+as long as the disk, beside which a manifest in JSON tells what they hold.
 
 With --serve the disk as it is now can be fetched by NBD, until this is interrupted, by other backup programs: the machine
 serves it at unix:PATH or localhost:PORT, and keeps what it writes over in a scratch image meanwhile. With --since NAME what
@@ -54,6 +57,7 @@ NAME made at the instant that was served then.`,
 		Example: `  gnomon backup vm1 --to monday.qcow2
   gnomon backup vm1 --into /backups/vm1 --incremental
   gnomon backup disk.img --into /backups/vm1 --incremental
+  gnomon backup vm1 --into /backups/plain --format raw
   gnomon backup restore /backups/vm1 disk.img
   gnomon backup vm1 --serve unix:/tmp/vm1.sock --since monday --mark tuesday`,
 		Args: usageArgs(cobra.RangeArgs(1, 2)),
@@ -61,7 +65,7 @@ NAME made at the instant that was served then.`,
 	flags := cmd.Flags()
 	flags.StringVar(&f.to, "to", "", "`image` to make")
 	flags.StringVar(&f.sync, "sync", "full", "`what` is copied to it: full|top")
-	flags.StringVar(&f.format, "format", "qcow2", "`format` of the image: qcow2|raw")
+	flags.StringVar(&f.format, "format", "", "`format` of the image, or of the directory's backups: qcow2|raw (default: qcow2, or what the directory has)")
 	flags.StringVar(&f.into, "into", "", "`directory` of backups, made if it is not there")
 	flags.BoolVar(&f.incremental, "incremental", false, "only what changed since the newest backup in the directory")
 	flags.StringVarP(&f.application, "application", "a", "", "`name` by which a disk that no machine uses knows what changed (default: the directory's own)")
@@ -76,13 +80,15 @@ NAME made at the instant that was served then.`,
 	cmd.MarkFlagsMutuallyExclusive("serve", "format")
 	cmd.MarkFlagsMutuallyExclusive("to", "incremental")
 	cmd.MarkFlagsMutuallyExclusive("sync", "into")
-	cmd.MarkFlagsMutuallyExclusive("format", "into")
 	output := addOutputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
 		f.output = *output
+		if !slices.Contains([]string{"", archive.FormatQcow2, archive.FormatRaw}, f.format) {
+			return usageError(fmt.Errorf("--format %q: qcow2 and raw are possible", f.format))
+		}
 		info, err := os.Stat(args[0])
 		atRest := err == nil && info.Mode()&(os.ModeSocket|os.ModeDir) == 0
 		switch {
@@ -119,7 +125,8 @@ func (f *backupFlags) copyRunning(cmd *cobra.Command, c *client.Client, d *attac
 		return fmt.Errorf("%s exists: remove it, or choose another name", f.to)
 	}
 	begin := time.Now()
-	err = runDiskJob(cmd.Context(), c, "backup", "drive-backup", map[string]any{"device": d.ref(), "target": path, "format": f.format, "sync": f.sync})
+	format := cmp.Or(f.format, disk.FormatQcow2)
+	err = runDiskJob(cmd.Context(), c, "backup", "drive-backup", map[string]any{"device": d.ref(), "target": path, "format": format, "sync": f.sync})
 	if err != nil {
 		os.Remove(path) // QEMU leaves what it has copied so far
 		return err
@@ -130,7 +137,7 @@ func (f *backupFlags) copyRunning(cmd *cobra.Command, c *client.Client, d *attac
 
 // addAtRest adds a backup of a disk that no machine uses.
 func (f *backupFlags) addAtRest(cmd *cobra.Command, path string) error {
-	a, err := archive.Open(f.into, true)
+	a, err := archive.Create(f.into, f.format)
 	if err != nil {
 		return err
 	}
@@ -170,12 +177,12 @@ func (f *backupFlags) add(cmd *cobra.Command, a *archive.Archive, n block.Node, 
 	if err != nil {
 		return err
 	}
-	return f.print(cmd, s)
+	return f.print(cmd, a, s)
 }
 
 // addRunning adds a backup of a running machine's disk.
 func (f *backupFlags) addRunning(cmd *cobra.Command, c *client.Client, d *attachedDisk) error {
-	a, err := archive.Open(f.into, true)
+	a, err := archive.Create(f.into, f.format)
 	if err != nil {
 		return err
 	}
@@ -184,7 +191,7 @@ func (f *backupFlags) addRunning(cmd *cobra.Command, c *client.Client, d *attach
 	if err != nil {
 		return err
 	}
-	return f.print(cmd, s)
+	return f.print(cmd, a, s)
 }
 
 // addByBitmap has the machine copy what a dirty bitmap tells, and begin another at
@@ -225,7 +232,7 @@ func (f *backupFlags) addByBitmap(ctx context.Context, a *archive.Archive, c *cl
 	}
 	id := fmt.Sprintf("backup-%d-%d", os.Getpid(), time.Now().UnixNano())
 	add := map[string]any{"node": node, "name": name, "persistent": d.Inserted.Driver == disk.FormatQcow2}
-	job := map[string]any{"job-id": id, "device": d.ref(), "target": target, "format": "qcow2", "mode": "existing", "sync": "full", "auto-dismiss": false}
+	job := map[string]any{"job-id": id, "device": d.ref(), "target": target, "format": p.Format(), "mode": "existing", "sync": "full", "auto-dismiss": false}
 	if !full {
 		job["sync"], job["bitmap"], job["bitmap-mode"] = "bitmap", last.Bitmap, "never"
 	}
@@ -291,8 +298,8 @@ type stepReport struct {
 	File   string    `json:"file"`
 }
 
-func reportOf(s archive.Step) stepReport {
-	return stepReport{s.Number, s.Time, s.Full, s.Size, s.Bytes, s.File()}
+func reportOf(a *archive.Archive, s archive.Step) stepReport {
+	return stepReport{s.Number, s.Time, s.Full, s.Size, s.Bytes, a.File(s)}
 }
 
 func (r *stepReport) kind() string {
@@ -302,8 +309,8 @@ func (r *stepReport) kind() string {
 	return "incremental"
 }
 
-func (f *backupFlags) print(cmd *cobra.Command, s archive.Step) error {
-	r := reportOf(s)
+func (f *backupFlags) print(cmd *cobra.Command, a *archive.Archive, s archive.Step) error {
+	r := reportOf(a, s)
 	if f.output == "json" {
 		return printJSON(cmd.OutOrStdout(), r)
 	}
@@ -325,7 +332,7 @@ func newBackupListCommand() *cobra.Command {
 		return withArchive(args[0], func(a *archive.Archive) error {
 			all := []stepReport{}
 			for _, s := range a.Steps() {
-				all = append(all, reportOf(s))
+				all = append(all, reportOf(a, s))
 			}
 			if *output == "json" {
 				return printJSON(cmd.OutOrStdout(), all)
@@ -343,7 +350,7 @@ func newBackupListCommand() *cobra.Command {
 
 // withArchive calls f with the backups in a directory.
 func withArchive(dir string, f func(*archive.Archive) error) error {
-	a, err := archive.Open(dir, false)
+	a, err := archive.Open(dir)
 	if err != nil {
 		return err
 	}
