@@ -37,6 +37,9 @@ type Options struct {
 	Cache Cache
 	// Engine is how requests that pass the page cache by get to the kernel.
 	Engine aio.Engine
+	// Like, where not nil, is a node that tells in place of Cache and Engine how the
+	// image is read and written, and by what rules.
+	Like block.Node
 }
 
 // Cache is a cache mode in QEMU's words.
@@ -57,8 +60,11 @@ func (c Cache) Direct() bool { return c == CacheNone || c == CacheDirectSync }
 
 // raw are the options of the image's files.
 func (o *Options) raw() raw.Options {
+	if o.Like != nil {
+		return qcow2.OptionsOver(o.Like)
+	}
 	return raw.Options{
-		Direct: o.Cache.Direct(), Engine: o.Engine,
+		Direct: o.Cache.Direct(), Engine: o.Engine, NoFlush: o.Cache == CacheUnsafe,
 		WriteThrough: o.Cache == CacheWriteThrough || o.Cache == CacheDirectSync,
 	}
 }
@@ -67,8 +73,8 @@ func (o *Options) raw() raw.Options {
 // machine has it.
 func Open(path string, o Options) (block.Node, error) {
 	n, err := open(path, o)
-	if err == nil && o.Cache == CacheUnsafe {
-		n.(interface{ IgnoreFlushes() }).IgnoreFlushes()
+	if err == nil && o.Like != nil {
+		n.(block.Ruled).SetRules(block.RulesOf(o.Like))
 	}
 	return n, err
 }

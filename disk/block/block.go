@@ -55,6 +55,15 @@ type Info struct {
 	ActualSize  int64 // bytes allocated on the host
 	ClusterSize int64 // bytes; 0 where the format has none
 	Backing     *Info // the backing file's node, or nil
+	Cache       CacheInfo
+	Rules       WriteRules
+}
+
+// CacheInfo is what becomes of what is written.
+type CacheInfo struct {
+	Direct       bool // the host's page cache is passed by
+	NoFlush      bool // flushes are ignored
+	WriteThrough bool // what was written is durable when the write ends
 }
 
 // Extent is a run of bytes of a disk that are all kept in the same way, in the

@@ -24,6 +24,7 @@ type chain struct {
 	tables   *cache // slices of L2 tables, by their offset in the file
 	clusters *cache // decompressed clusters, by the offset of their stream
 	opened   []fs.FileInfo
+	through  bool // each change of an image is durable when it ends
 	openFile func(path string, readOnly bool) (block.Node, fs.FileInfo, error)
 }
 
@@ -31,8 +32,10 @@ func newChain() *chain { return newChainWith(raw.Options{}) }
 
 // newChainWith is newChain for files that are opened with options.
 func newChainWith(o raw.Options) *chain {
+	through := o.WriteThrough
+	o.WriteThrough = false // of each of the files' writes; the images' need more than that
 	open := func(path string, readOnly bool) (block.Node, fs.FileInfo, error) { return openFile(path, readOnly, o) }
-	return &chain{tables: newCache(tableCacheBytes), clusters: newCache(clusterCacheBytes), openFile: open}
+	return &chain{tables: newCache(tableCacheBytes), clusters: newCache(clusterCacheBytes), openFile: open, through: through}
 }
 
 // openFile opens an image's file, and locks it.
@@ -96,6 +99,11 @@ func (c *chain) openBacking(path string, h *Header) (block.Node, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w of %s: %w", ErrBacking, path, err)
 	case h.BackingFormat == "raw":
+		if f, ok := file.(raw.Opened); ok && c.through { // for who opens it to be written later
+			o := f.Options()
+			o.WriteThrough = true
+			return file, f.SetOptions(o)
+		}
 		return file, nil
 	}
 	n, err := c.openImage(file, name)

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/disk/raw"
 )
 
 // CreateOptions describe a new image.
@@ -153,11 +154,26 @@ func CreateOver(path string, backing block.Node) error {
 
 // OpenOver opens an image of CreateOver to be written, on the very node that it
 // lies on, which nobody writes any more: see block.Freezer. Closing the image
-// closes that node.
+// closes that node. It is read and written as that node is.
 func OpenOver(path string, backing block.Node) (*Node, error) {
-	n, err := newChain().openWritable(path)
-	if err == nil {
-		n.backing = backing
+	return OpenOverWith(path, backing, OptionsOver(backing))
+}
+
+// OpenOverWith is OpenOver for a file that is read and written with options.
+func OpenOverWith(path string, backing block.Node, o raw.Options) (*Node, error) {
+	n, err := newChainWith(o).openWritable(path)
+	if err != nil {
+		return nil, err
 	}
-	return n, err
+	n.backing = backing
+	n.rules.KeepDiscarded = block.RulesOf(backing).KeepDiscarded
+	return n, nil
+}
+
+// OptionsOver are those of an image that is read and written as another node is,
+// which as in QEMU does not say what becomes of zeroes.
+func OptionsOver(n block.Node) raw.Options {
+	o := raw.OptionsOf(n)
+	o.Rules = block.WriteRules{} // the image's, not the file's
+	return o
 }

@@ -32,6 +32,8 @@ type Node struct {
 	size    atomic.Int64 // virtual, a multiple of sector
 	backing block.Node   // or nil
 	bitmaps bitmaps
+	through bool             // each change is durable when it ends
+	rules   block.WriteRules // changed only while there are no requests
 
 	holes    sync.Once
 	hasHoles bool // found by holes
@@ -63,8 +65,6 @@ func Open(path string, readOnly bool) (*Node, error) {
 
 // OpenWith is Open for files that are read and written with options.
 func OpenWith(path string, readOnly bool, o raw.Options) (*Node, error) {
-	through := o.WriteThrough
-	o.WriteThrough = false // of each of the file's writes; the image's need more than that
 	c := newChainWith(o)
 	if readOnly {
 		file, err := c.open(path, true)
@@ -81,7 +81,6 @@ func OpenWith(path string, readOnly bool, o raw.Options) (*Node, error) {
 		n.abandon()
 		return nil, err
 	}
-	n.w.through = through
 	return n, nil
 }
 
@@ -113,7 +112,7 @@ func (c *chain) openWritable(path string) (*Node, error) {
 
 // node is a node for an image that is not read yet.
 func (c *chain) node(file block.Node, path string) *Node {
-	return &Node{path: path, image: image{file: file, id: len(c.opened), tables: c.tables, clusters: c.clusters}}
+	return &Node{path: path, through: c.through, image: image{file: file, id: len(c.opened), tables: c.tables, clusters: c.clusters}}
 }
 
 // openImage opens the image in file, which it closes if it fails.
@@ -240,7 +239,10 @@ func (n *Node) Info() block.Info {
 		VirtualSize: n.Size(),
 		ActualSize:  n.file.Info().ActualSize,
 		ClusterSize: n.header.ClusterSize(),
+		Cache:       n.file.Info().Cache,
+		Rules:       n.rules,
 	}
+	info.Cache.WriteThrough = n.through
 	if n.backing != nil {
 		backing := n.backing.Info()
 		info.Backing = &backing

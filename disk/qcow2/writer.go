@@ -50,7 +50,6 @@ type writer struct {
 	floor   int64          // clusters below are not known to be free, whatever is counted; guarded by mu
 	broken  error          // the image is marked as corrupt; guarded by mu
 	closed  bool
-	through bool // each change is durable when it ends
 
 	// Requests that use places of clusters are counted by the epoch in which they
 	// looked them up, so that clusters are not used for something else meanwhile.
@@ -391,6 +390,9 @@ func (n *Node) Writev(bufs [][]byte, off int64) error {
 	if err := n.checkWrite(off, length); err != nil {
 		return err
 	}
+	if n.rules.Detects(bufs) {
+		return n.WriteZeroes(off, length, n.rules.Zeroes == block.ZeroesUnmap)
+	}
 	if err := n.record(off, length); err != nil {
 		return err
 	}
@@ -419,7 +421,7 @@ func (n *Node) checkWrite(off, length int64) error {
 // bound flushes when much waits for it, and always if changes are to be durable at
 // once.
 func (n *Node) bound() error {
-	if n.w.through {
+	if n.through {
 		return n.Flush()
 	}
 	n.w.mu.Lock()

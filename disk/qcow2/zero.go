@@ -14,7 +14,7 @@ func (n *Node) Discard(off, length int64) error {
 	if off+length == n.Size() {
 		end = (off + length + size - 1) / size // the last may be cut short
 	}
-	if first >= end {
+	if first >= end || n.rules.KeepDiscarded {
 		return nil
 	}
 	if err := n.record(first*size, min(end*size, n.Size())-first*size); err != nil {
@@ -42,7 +42,7 @@ func (n *Node) WriteZeroes(off, length int64, unmap bool) error {
 		return err
 	}
 	for length > 0 {
-		done, err := n.zeroSome(off, length, unmap)
+		done, err := n.zeroSome(off, length, n.rules.Unmaps(unmap))
 		if err == nil {
 			err = n.bound()
 		}

@@ -32,24 +32,13 @@ type Node struct {
 	size     atomic.Int64 // virtual: a multiple of sector
 	readOnly bool
 	frozen   bool      // it was written before it became readOnly
-	unsafe   bool      // nothing is flushed
-	through  bool      // each write is flushed
+	options  Options   // changed only while there are no requests
 	io       *aio.File // or nil: preadv and pwritev by way of the page cache
 	granule  int64     // bytes that space is given back by: a device's logical block, 1 for files
 	closing  sync.Once
 }
 
 var _ block.Node = (*Node)(nil)
-
-// Options say how an image is read and written.
-type Options struct {
-	// Direct passes the host's page cache by (O_DIRECT).
-	Direct bool
-	// Engine is how direct requests, and with aio.IOUring all, get to the kernel.
-	Engine aio.Engine
-	// WriteThrough makes each write durable before it ends.
-	WriteThrough bool
-}
 
 // Open opens the image at path by way of the page cache and locks it as QEMU does,
 // so that neither QEMU nor another Gnomon machine writes to it meanwhile.
@@ -73,8 +62,8 @@ func OpenWith(path string, readOnly bool, o Options) (*Node, error) {
 	if err != nil {
 		return nil, explain(path, readOnly, o.Direct, err)
 	}
-	n := &Node{file: f, fd: int(f.Fd()), readOnly: readOnly, through: o.WriteThrough, granule: 1}
-	if err = n.init(); err == nil && (o.Direct || o.Engine == aio.IOUring) {
+	n := &Node{file: f, fd: int(f.Fd()), readOnly: readOnly, options: o, granule: 1}
+	if err = n.init(); err == nil {
 		err = n.bypass(o)
 	}
 	if err != nil {
@@ -82,16 +71,6 @@ func OpenWith(path string, readOnly bool, o Options) (*Node, error) {
 		return nil, fmt.Errorf("disk %s: %w", path, err)
 	}
 	return n, nil
-}
-
-// bypass has requests be made in another way than by preadv and pwritev.
-func (n *Node) bypass(o Options) (err error) {
-	// An io_uring would not wait for what a file that is O_NONBLOCK has to wait for.
-	if err := syscall.SetNonblock(n.fd, false); err != nil {
-		return err
-	}
-	n.io, err = aio.New(n.fd, aio.Options{Engine: o.Engine, Direct: o.Direct})
-	return err
 }
 
 func explain(path string, readOnly, direct bool, err error) error {
@@ -169,6 +148,9 @@ func (n *Node) Writev(bufs [][]byte, off int64) error {
 	if err := n.check(off, total(bufs)); err != nil {
 		return err
 	}
+	if n.options.Rules.Detects(bufs) {
+		return n.WriteZeroes(off, total(bufs), n.options.Rules.Zeroes == block.ZeroesUnmap)
+	}
 	return n.after(n.write(bufs, off))
 }
 
@@ -235,15 +217,11 @@ func transfer(move func(fd int, bufs [][]byte, skip int, off int64) (int, error)
 
 // Flush implements block.Node.
 func (n *Node) Flush() error {
-	if n.readOnly && !n.frozen || n.unsafe {
+	if n.readOnly && !n.frozen || n.options.NoFlush {
 		return nil
 	}
 	return ignoringEINTR(func() error { return unix.Fdatasync(n.fd) })
 }
-
-// IgnoreFlushes has Flush do nothing from now on, as QEMU's cache=unsafe does:
-// whether what was written outlives the host is left to the host.
-func (n *Node) IgnoreFlushes() { n.unsafe = true }
 
 // Discard implements block.Node: the space goes back to the host's file system
 // where that can be done.
@@ -252,7 +230,7 @@ func (n *Node) Discard(off, length int64) error {
 		return err
 	}
 	first, end := n.granules(off, length)
-	if first >= end {
+	if first >= end || n.options.Rules.KeepDiscarded {
 		return nil
 	}
 	err := n.fallocate(unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, first, end-first)
@@ -264,7 +242,7 @@ func (n *Node) Discard(off, length int64) error {
 
 // after ends a change that had err.
 func (n *Node) after(err error) error {
-	if err != nil || !n.through {
+	if err != nil || !n.options.WriteThrough {
 		return err
 	}
 	return n.Flush()
@@ -280,7 +258,7 @@ func (n *Node) WriteZeroes(off, length int64, unmap bool) error {
 		return n.zero(off, length)
 	}
 	mode := uint32(unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE)
-	if unmap {
+	if n.options.Rules.Unmaps(unmap) {
 		mode = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
 	}
 	err := n.fallocate(mode, first, end-first)
@@ -304,7 +282,7 @@ func (n *Node) zero(off, length int64) error {
 	zeroes := make([]byte, min(length, 1<<20))
 	for length > 0 {
 		chunk := zeroes[:min(length, int64(len(zeroes)))]
-		if err := n.Writev([][]byte{chunk}, off); err != nil {
+		if err := n.after(n.write([][]byte{chunk}, off)); err != nil {
 			return err
 		}
 		off, length = off+int64(len(chunk)), length-int64(len(chunk))
@@ -417,7 +395,7 @@ func (n *Node) Map(off, length int64) (block.Extent, error) {
 
 // Info implements block.Node.
 func (n *Node) Info() block.Info {
-	info := block.Info{Format: "raw", Filename: n.file.Name(), VirtualSize: n.size.Load()}
+	info := block.Info{Format: "raw", Filename: n.file.Name(), VirtualSize: n.size.Load(), Cache: n.options.cache(), Rules: n.options.Rules}
 	var st unix.Stat_t
 	if unix.Fstat(n.fd, &st) == nil {
 		info.ActualSize = st.Blocks * 512

@@ -150,7 +150,9 @@ type (
 )
 
 func (deviceIOStatus) Values() []string { return []string{"ok", "failed", "nospace"} }
-func (detectZeroes) Values() []string   { return []string{"off", "on", "unmap"} }
+func (detectZeroes) Values() []string {
+	return []string{string(detectOff), string(detectOn), string(detectUnmap)}
+}
 
 // devicePath names a device where QEMU has a path in its object tree.
 func devicePath(id string) string { return "/machine/peripheral/" + id }
@@ -198,7 +200,8 @@ func (mon *monitor) addedNodes(deep bool) (all []blockNode) {
 		case e.disk != "" || e.gone:
 			continue
 		case e.node == nil: // open as the file of a format
-			i := block.Info{Format: string(e.driver), Filename: e.path()}
+			o := e.manner.options()
+			i := block.Info{Format: string(e.driver), Filename: e.path(), Rules: o.Rules, Cache: block.CacheInfo{Direct: o.Direct, NoFlush: o.NoFlush}}
 			if st, err := os.Stat(i.Filename); err == nil {
 				i.VirtualSize = st.Size()
 			}
@@ -214,7 +217,8 @@ func (mon *monitor) addedNodes(deep bool) (all []blockNode) {
 
 // nodeInfo tells of the depth-th image of a disk. names are those that are known.
 func (mon *monitor) nodeInfo(d vmm.AttachedDisk, i block.Info, names []string, depth int, deep bool) blockNode {
-	n := describe(nameAt(d, names, depth), i, depth > 0 || d.Node.ReadOnly(), d.Device.State().Writeback, deep)
+	writeback := depth > 0 || d.Device.State().Writeback && !i.Cache.WriteThrough
+	n := describe(nameAt(d, names, depth), i, depth > 0 || d.Node.ReadOnly(), writeback, deep)
 	if depth == 0 {
 		n.tellLimits(d.Root.Limits())
 	}
@@ -224,8 +228,11 @@ func (mon *monitor) nodeInfo(d vmm.AttachedDisk, i block.Info, names []string, d
 func describe(name string, i block.Info, readOnly, writeback, deep bool) blockNode {
 	n := blockNode{
 		File: i.Filename, NodeName: &name, ReadOnly: readOnly, Driver: i.Format,
-		DetectZeroes: "off", Image: image(i, deep),
-		Cache: cacheInfo{Writeback: writeback},
+		DetectZeroes: detectOff, Image: image(i, deep),
+		Cache: cacheInfo{Writeback: writeback, Direct: i.Cache.Direct, NoFlush: i.Cache.NoFlush},
+	}
+	if z := i.Rules.Zeroes; z != block.ZeroesOff {
+		n.DetectZeroes = detectZeroes(z)
 	}
 	for b := i.Backing; b != nil; b = b.Backing {
 		n.BackingFileDepth++

@@ -148,13 +148,13 @@ func (t *target) abandon() (err error) {
 func fileTarget(d vmm.AttachedDisk, path string, format *string, mode *newImageMode, sync syncMode) *target {
 	t := &target{}
 	t.prepare = func(*blockWork) (err error) {
-		info := d.Node.Info()
+		info, like := d.Node.Info(), behindFilters(d.Root.Current())
 		f := info.Format
 		if format != nil {
 			f = *format
 		}
 		if mode != nil && *mode == modeExisting {
-			if t.node, err = disk.Open(path, disk.Options{Format: f}); err == nil {
+			if t.node, err = openLike(path, f, like); err == nil {
 				t.zero = readsAsZero(t.node)
 			}
 			return err
@@ -170,12 +170,22 @@ func fileTarget(d vmm.AttachedDisk, path string, format *string, mode *newImageM
 			return err
 		}
 		t.path, t.zero = path, true
-		if t.node, err = disk.Open(path, disk.Options{Format: f}); err != nil {
+		if t.node, err = openLike(path, f, like); err != nil {
 			os.Remove(path)
 		}
 		return err
 	}
 	return t
+}
+
+// openLike opens an image to be read and written as a disk is, which as in QEMU does
+// not say what becomes of zeroes that are written.
+func openLike(path, format string, like block.Node) (block.Node, error) {
+	n, err := disk.Open(path, disk.Options{Format: format, Like: like})
+	if err == nil {
+		n.(block.Ruled).SetRules(block.WriteRules{KeepDiscarded: block.RulesOf(like).KeepDiscarded})
+	}
+	return n, err
 }
 
 // createImage makes an empty image at a path that is free.

@@ -7,7 +7,6 @@ import (
 	"os"
 	"time"
 
-	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/nbd"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
@@ -15,11 +14,9 @@ import (
 	"github.com/gnomon-vmm/gnomon/qmp"
 )
 
-// blockdevDriver is BlockdevDriver, discardMode BlockdevDiscardOptions of QEMU's
-// qapi/block-core.json; addressType SocketAddressType of qapi/sockets.json.
+// blockdevDriver is BlockdevDriver of QEMU's qapi/block-core.json; addressType SocketAddressType of qapi/sockets.json.
 type (
 	blockdevDriver string
-	discardMode    string
 	addressType    string
 )
 
@@ -39,8 +36,6 @@ func (blockdevDriver) Values() []string {
 	return []string{string(driverFile), string(driverDevice), string(driverRaw), string(driverQcow2), string(driverNBD), string(driverNull)}
 }
 
-// Values are those that a node here does: what is discarded is given to the host.
-func (discardMode) Values() []string { return []string{"unmap"} }
 func (addressType) Values() []string { return []string{string(addressUnix), string(addressInet)} }
 
 type (
@@ -51,6 +46,8 @@ type (
 		ReadOnly     *bool          `qmp:"read-only"`
 		AutoReadOnly *bool          `qmp:"auto-read-only"`
 		Discard      *discardMode   `qmp:"discard"`
+		DetectZeroes *detectZeroes  `qmp:"detect-zeroes"`
+		Cache        *cacheOptions  `qmp:"cache"`
 		File         *fileOptions   `qmp:"file,variant"`
 		Device       *fileOptions   `qmp:"host_device,variant"`
 		Raw          *rawOptions    `qmp:"raw,variant"`
@@ -59,7 +56,8 @@ type (
 		Null         *nullOptions   `qmp:"null-co,variant"`
 	}
 	fileOptions struct {
-		Filename string `qmp:"filename"`
+		Filename string   `qmp:"filename"`
+		AIO      *aioMode `qmp:"aio"`
 	}
 	rawOptions struct {
 		File blockdevRef `qmp:"file"`
@@ -105,12 +103,6 @@ type (
 	}
 )
 
-// rawFormat is the format raw over a file that is a node itself.
-type rawFormat struct{ *raw.Node }
-
-// rawOther is the format raw over what is no file.
-type rawOther struct{ block.Mapper }
-
 // dialTime is what a server has to answer: other commands wait meanwhile.
 const dialTime = 5 * time.Second
 
@@ -132,7 +124,7 @@ func (mon *monitor) blockdevAdd(ctx context.Context, _ *qmp.Session, o blockdevO
 		return e, err
 	}
 	opened := &opening{mon: mon, ctx: ctx}
-	root, err := opened.open(&o, o.ReadOnly != nil && *o.ReadOnly)
+	root, err := opened.open(&o, manner{})
 	if err != nil {
 		opened.undo()
 		return e, err
@@ -227,19 +219,20 @@ type opening struct {
 	nodes []*graphNode // those that were opened, children first
 }
 
-// open opens a node and what is described in it; a node that does not say is read
-// only where the one above is.
-func (op *opening) open(o *blockdevOptions, readOnly bool) (*graphNode, error) {
-	if o.ReadOnly != nil {
-		readOnly = *o.ReadOnly
-	}
-	e := &graphNode{driver: o.Driver, options: *o, readOnly: readOnly}
+// open opens a node and what is described in it; what it does not say is as above says.
+func (op *opening) open(o *blockdevOptions, above manner) (*graphNode, error) {
+	e := &graphNode{driver: o.Driver, options: *o}
 	if o.NodeName != nil {
 		e.name = *o.NodeName
 	}
-	err := op.openInto(e, o)
-	if err != nil && !readOnly && o.AutoReadOnly != nil && *o.AutoReadOnly && errors.Is(err, os.ErrPermission) {
-		e.readOnly = true
+	var err error
+	if e.manner, err = above.with(o); err != nil {
+		return nil, err
+	}
+	e.readOnly = e.manner.readOnly
+	err = op.openInto(e, o)
+	if err != nil && !e.readOnly && e.manner.autoReadOnly && cannotWrite(err) {
+		e.readOnly, e.manner.readOnly = true, true
 		err = op.openInto(e, o)
 	}
 	if err != nil {
@@ -252,21 +245,28 @@ func (op *opening) open(o *blockdevOptions, readOnly bool) (*graphNode, error) {
 func (op *opening) openInto(e *graphNode, o *blockdevOptions) (err error) {
 	switch o.Driver {
 	case driverFile:
-		e.node, err = openFile(o.File.Filename, e.readOnly)
+		e.node, err = e.openFile()
 	case driverDevice:
 		st, statErr := os.Stat(o.Device.Filename)
 		if statErr == nil && st.Mode()&os.ModeDevice == 0 {
 			return qmp.Errorf("'host_device' driver requires '%s' to be a block device", o.Device.Filename)
 		}
-		e.node, err = openFile(o.Device.Filename, e.readOnly)
+		e.node, err = e.openFile()
 	case driverNull:
 		size := int64(1 << 30)
 		if o.Null.Size != nil {
 			size = *o.Null.Size
 		}
-		e.node = &nullNode{size: size, readOnly: e.readOnly}
+		e.node = &ruled{Mapper: &nullNode{size: size, readOnly: e.readOnly}, manner: e.manner}
 	case driverNBD:
-		e.node, err = op.dial(o.NBD, e.readOnly)
+		var c *nbd.Client
+		if c, err = op.dial(o.NBD, e.readOnly); err != nil {
+			return err
+		}
+		if c.ReadOnly() && !e.readOnly {
+			return errors.Join(errReadOnlyExport, c.Close())
+		}
+		e.node = &ruled{Mapper: c, manner: e.manner}
 	case driverRaw:
 		err = op.openRaw(e, o.Raw)
 	case driverQcow2:
@@ -275,12 +275,7 @@ func (op *opening) openInto(e *graphNode, o *blockdevOptions) (err error) {
 	return err
 }
 
-// openFile opens a file, and locks it.
-func openFile(path string, readOnly bool) (block.Node, error) {
-	return disk.Open(path, disk.Options{Format: disk.FormatRaw, ReadOnly: readOnly})
-}
-
-func (op *opening) dial(o *nbdOptions, readOnly bool) (block.Node, error) {
+func (op *opening) dial(o *nbdOptions, readOnly bool) (*nbd.Client, error) {
 	address, export := "", ""
 	if o.Server.Unix != nil {
 		address = "unix:" + o.Server.Unix.Path
@@ -292,23 +287,19 @@ func (op *opening) dial(o *nbdOptions, readOnly bool) (block.Node, error) {
 	}
 	ctx, cancel := context.WithTimeout(op.ctx, dialTime)
 	defer cancel()
-	c, err := nbd.Dial(ctx, address, export, nbd.ClientOptions{ReadOnly: readOnly})
-	if err != nil {
-		return nil, err
-	}
-	return c, nil
+	return nbd.Dial(ctx, address, export, nbd.ClientOptions{ReadOnly: readOnly})
 }
 
 // child is the node that a reference means.
-func (op *opening) child(name *string, inline *blockdevOptions, readOnly bool) (*graphNode, error) {
+func (op *opening) child(name *string, inline *blockdevOptions, above manner) (*graphNode, error) {
 	if inline != nil {
-		return op.open(inline, readOnly)
+		return op.open(inline, above)
 	}
 	return op.mon.findNode(*name)
 }
 
 func (op *opening) openRaw(e *graphNode, o *rawOptions) (err error) {
-	if e.file, err = op.child(o.File.Reference, o.File.Definition, e.readOnly); err != nil {
+	if e.file, err = op.child(o.File.Reference, o.File.Definition, e.manner.below(false)); err != nil {
 		return err
 	}
 	g := &op.mon.graph
@@ -319,9 +310,9 @@ func (op *opening) openRaw(e *graphNode, o *rawOptions) (err error) {
 	}
 	switch n := e.file.node.(type) {
 	case *raw.Node:
-		e.node = &rawFormat{n}
+		e.node = &rawFormat{Node: n, rules: e.manner.rules}
 	case block.Mapper:
-		e.node = &rawOther{n}
+		e.node = &ruled{Mapper: n, manner: e.manner}
 	default:
 		return qmp.Errorf("the format raw cannot lie on '%s'", e.file.driver)
 	}
@@ -332,7 +323,7 @@ func (op *opening) openRaw(e *graphNode, o *rawOptions) (err error) {
 // the image is open.
 func (op *opening) openQcow2(e *graphNode, o *qcow2Options) (err error) {
 	// The file's own node tells whether it can be opened at all.
-	if e.file, err = op.child(o.File.Reference, o.File.Definition, e.readOnly); err != nil {
+	if e.file, err = op.child(o.File.Reference, o.File.Definition, e.manner.below(false)); err != nil {
 		return err
 	}
 	override, under := o.Backing != nil, (*graphNode)(nil)
@@ -341,7 +332,7 @@ func (op *opening) openQcow2(e *graphNode, o *qcow2Options) (err error) {
 		of = op.mon.rootOf(*o.Backing.Reference)
 	}
 	if of == nil && override && o.Backing.Null == nil && (o.Backing.Reference == nil || *o.Backing.Reference != "") {
-		if under, err = op.child(o.Backing.Reference, o.Backing.Definition, true); err != nil {
+		if under, err = op.child(o.Backing.Reference, o.Backing.Definition, e.manner.below(true)); err != nil {
 			return err
 		}
 	}
@@ -359,14 +350,17 @@ func (op *opening) openQcow2(e *graphNode, o *qcow2Options) (err error) {
 		return err
 	}
 	e.file.node = nil
-	image, err := openImage(e.file.path(), e.readOnly, override, backing)
+	image, err := openImage(e.file, e.readOnly, override, backing)
 	e.node, e.under = image, under
+	if err == nil {
+		image.SetRules(e.manner.rules)
+	}
 	if err == nil && of != nil {
 		e.node, err = instantOf(of, image)
 	}
 	if err != nil {
 		e.node, e.under = nil, nil
-		again, openErr := openFile(e.file.path(), e.file.readOnly)
+		again, openErr := e.file.openFile()
 		if openErr != nil {
 			e.file.gone, again = true, nil
 			return errors.Join(err, openErr)
@@ -377,16 +371,17 @@ func (op *opening) openQcow2(e *graphNode, o *qcow2Options) (err error) {
 	return nil
 }
 
-// openImage opens a qcow2 image, on what its header names or, with override, on a
-// node or nothing.
-func openImage(path string, readOnly, override bool, backing block.Node) (*qcow2.Node, error) {
-	if !override {
-		return qcow2.Open(path, readOnly)
+// openImage opens the qcow2 image in a file, on what its header names or, with
+// override, on a node or nothing.
+func openImage(file *graphNode, readOnly, override bool, backing block.Node) (*qcow2.Node, error) {
+	path, o := file.path(), file.manner.options()
+	switch {
+	case !override:
+		return qcow2.OpenWith(path, readOnly, o)
+	case !readOnly:
+		return qcow2.OpenOverWith(path, backing, o)
 	}
-	if !readOnly {
-		return qcow2.OpenOver(path, backing)
-	}
-	n, err := qcow2.Open(path, true)
+	n, err := qcow2.OpenWith(path, true, o)
 	if err != nil {
 		return nil, err
 	}
@@ -397,14 +392,6 @@ func openImage(path string, readOnly, override bool, backing block.Node) (*qcow2
 		}
 	}
 	return n, nil
-}
-
-// path is the file of a file's node.
-func (e *graphNode) path() string {
-	if e.options.Device != nil {
-		return e.options.Device.Filename
-	}
-	return e.options.File.Filename
 }
 
 // undo closes what was opened, and leaves what was there before as it was.
@@ -451,7 +438,7 @@ func (e *graphNode) closeLocked() error {
 	case shared && !file.owned:
 		err = errors.Join(err, file.closeLocked())
 	case !shared && file.owned && file.node == nil:
-		n, openErr := openFile(file.path(), file.readOnly)
+		n, openErr := file.openFile()
 		if openErr != nil {
 			file.gone = true
 			return errors.Join(err, openErr)

@@ -9,7 +9,6 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk/backup"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/mirror"
-	"github.com/gnomon-vmm/gnomon/disk/nbd"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 	"github.com/gnomon-vmm/gnomon/disk/raw"
 	"github.com/gnomon-vmm/gnomon/disk/stream"
@@ -41,6 +40,7 @@ type graphNode struct {
 
 	// All guarded by graph.mu.
 	options  blockdevOptions
+	manner   manner
 	readOnly bool
 	// node is what requests go to; nil: the format node above has the file open.
 	node  block.Node
@@ -55,7 +55,7 @@ type graphNode struct {
 // identity is a node that can be looked up; others have no names.
 func identity(n block.Node) (block.Node, bool) {
 	switch n := n.(type) {
-	case *qcow2.Node, *raw.Node, *rawFormat, *rawOther, *nbd.Client, *nullNode, *backup.Instant:
+	case *qcow2.Node, *raw.Node, *rawFormat, *ruled, *backup.Instant:
 		return n, true
 	}
 	return nil, false

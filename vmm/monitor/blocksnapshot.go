@@ -116,7 +116,11 @@ func (mon *monitor) snapshotSync(_ *qmp.Session, a snapshotSyncArguments) (*chan
 				return err
 			}
 		}
-		if o.overlay, err = qcow2.OpenOver(a.SnapshotFile, nil); err != nil && create {
+		o.overlay, err = qcow2.OpenOverWith(a.SnapshotFile, nil, qcow2.OptionsOver(o.base))
+		switch {
+		case err == nil:
+			o.overlay.SetRules(block.WriteRules{KeepDiscarded: block.RulesOf(o.base).KeepDiscarded})
+		case create:
 			os.Remove(a.SnapshotFile)
 		}
 		return err
