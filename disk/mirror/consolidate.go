@@ -16,10 +16,11 @@ import (
 // them, in which the disk's user then goes on.
 //
 // At every instant the overlay on its chain is the disk: the pass writes to the
-// base only what is held before it too, and what is diverted there is what is not.
-// So after a crash the disk is as it was flushed, and consolidating begins anew. At the end an empty overlay takes the
-// place of the old one, by a rename, before the disk's user can write on: the
-// overlay's name stays a name of this disk.
+// base only what is held before it too, and what is diverted there is what is not. What
+// lies on the base itself stops holding what was copied, as soon as that is durable there.
+// So after a crash the disk is as it was flushed, and consolidating begins anew, with
+// what is left. At the end an empty overlay takes the place of the old one, by a rename,
+// before the disk's user can write on: the overlay's name stays a name of this disk.
 type Consolidation struct {
 	root    *block.Root
 	overlay *qcow2.Node
@@ -62,7 +63,7 @@ func (c *Consolidation) begin(current block.Node, o Options) error {
 		return err
 	}
 	c.overlay, c.above = overlay, overlay
-	o.Depth, o.MayLag = max(o.Depth, 1), true
+	o.Depth = max(o.Depth, 1)
 	for range o.Depth - 1 {
 		if c.above, ok = c.above.Backing().(*qcow2.Node); !ok || c.above.Backing() == nil {
 			return fmt.Errorf("%s lies on fewer than %d images", overlay.Info().Filename, o.Depth)
@@ -91,6 +92,7 @@ func (c *Consolidation) Cancel() error {
 	}
 	var err error
 	c.root.Drained(func(block.Node) block.Node {
+		c.overlay.Reclaim()
 		err = c.base.Freeze()
 		return c.overlay
 	})

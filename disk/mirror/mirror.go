@@ -1,8 +1,9 @@
 // Package mirror moves a disk that is in use to another place: into the parent
 // of its overlay (Consolidate), or to a copy. One ascending pass copies
 // what is there; meanwhile each write behind the pass goes to both, so that
-// nothing is copied twice and the pass ends. Then the disk's user is switched
-// over, between two requests.
+// nothing is copied twice and the pass ends. An overlay hands over to its parent what
+// was copied there, so that later writes go to the parent alone. Then the disk's user is
+// switched over, between two requests.
 package mirror
 
 import (
@@ -32,11 +33,7 @@ type Options struct {
 	Depth int
 	// TargetIsZero tells that the target reads as zero, so that zeroes need no copying.
 	TargetIsZero bool
-	// MayLag lets what is written behind the pass reach the target later, until Run
-	// returns, which makes durable what the target holds then. The disk's user need not
-	// wait for two writes.
-	MayLag bool
-	// Step is how many bytes the pass copies at once, a multiple of 64 KiB; 0: 1 MiB.
+	// Step is how many bytes the pass copies at once, a multiple of 64 KiB; 0: 256 KiB.
 	Step int64
 	// Progress, where not nil, is told how far the pass is, in bytes of the disk.
 	Progress func(done, total int64)
@@ -66,9 +63,8 @@ type Filter struct {
 	locks [stripes]sync.Mutex
 
 	copied, mirrored, diverted atomic.Int64
+	handsOver                  atomic.Bool  // what was copied may be the target's alone
 	requests                   atomic.Int64 // of the disk's user
-
-	late backlog // writes that the target has not got
 
 	// Of the pass: whether it rests at all times, the requests that it has seen, when
 	// there was a new one, and how long it is still to rest.
@@ -245,9 +241,6 @@ func (f *Filter) send(how way, off, n int64, do func(to block.Node, off, n int64
 	if err := do(f.Node, off, n); err != nil || how == toSource {
 		return err
 	}
-	if f.late.put(off, n) {
-		return nil
-	}
 	f.mirrored.Add(n)
 	if err := do(f.target, off, n); err != nil {
 		f.fail(err)
@@ -311,9 +304,10 @@ func (f *Filter) WriteZeroes(off, n int64, unmap bool) error {
 	return f.each(off, n, func(to block.Node, off, n int64) error { return to.WriteZeroes(off, n, unmap) })
 }
 
-// Flush implements block.Node. What was diverted is in the target alone.
+// Flush implements block.Node. What was diverted is in the target alone, and what
+// went to both may be handed over before the target has it durably.
 func (f *Filter) Flush() error {
-	if f.o.Depth > 0 && f.diverted.Load() > 0 {
+	if f.handsOver.Load() || f.o.Depth > 0 && f.diverted.Load() > 0 {
 		if err := f.target.Flush(); err != nil {
 			return err
 		}

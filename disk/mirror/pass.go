@@ -2,9 +2,7 @@ package mirror
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"sync/atomic"
 	"time"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
@@ -13,7 +11,7 @@ import (
 const (
 	// What the pass copies at once, keeping writers from it. Each write to the host's
 	// page cache costs as much as copying some 100 KiB: fewer are faster.
-	defaultStep = 1 << 20
+	defaultStep = 256 << 10
 
 	// While the disk is in use the pass rests restShare times as long as it copies. It
 	// does so at the priority of all: one of less would keep writers waiting for what it
@@ -23,17 +21,23 @@ const (
 	maxRest   = 5 * time.Millisecond
 	// How long after a request the disk counts as in use.
 	inUse = 20 * time.Millisecond
-	// How often a backlog is looked at when the pass is done.
-	lookInterval = time.Millisecond
 )
 
 // Run makes the pass. When it returns without an error the target holds all that
 // the disk reads as, and every later write goes to it too, until Err is not nil.
 func (f *Filter) Run(ctx context.Context) error {
-	if f.o.MayLag {
-		f.late.open()
-		defer f.late.close()
+	over := f.startHandOver()
+	err := f.pass(ctx, over)
+	if failed := over.end(err == nil); err == nil && failed != nil {
+		f.fail(failed)
 	}
+	if err != nil {
+		return err
+	}
+	return f.Err()
+}
+
+func (f *Filter) pass(ctx context.Context, over *handOver) error {
 	buf := make([]byte, f.o.Step)
 	for at := int64(0); at < f.Size(); {
 		if f.o.Pause != nil {
@@ -48,7 +52,7 @@ func (f *Filter) Run(ctx context.Context) error {
 		end, err := f.step(at, buf)
 		took := time.Since(begin)
 		if err == nil {
-			err = f.catchUp(buf) // which is the user's own work
+			err = over.passed(end)
 		}
 		if err != nil {
 			f.fail(err)
@@ -60,10 +64,7 @@ func (f *Filter) Run(ctx context.Context) error {
 		}
 		f.rest(took)
 	}
-	if f.o.MayLag {
-		return f.settle(buf)
-	}
-	return f.Err()
+	return nil
 }
 
 // rest leaves the host's processors to the disk's user after a step. Short rests
@@ -90,9 +91,12 @@ func (f *Filter) step(at int64, buf []byte) (end int64, err error) {
 		return 0, err
 	}
 	end = min(at+f.o.Step, f.Size())
-	if e, err := f.extent(at, f.Size()-at); err != nil {
+	if e, err := f.extent(at, end-at); err != nil {
 		return 0, err
-	} else if !e.take { // nor will it be, as writes there go to the target
+	} else if !e.take && at+e.length == end { // nor will it be, as writes there go to the target
+		if e, err = f.extent(at, f.Size()-at); err != nil {
+			return 0, err
+		}
 		end = max(end, (at+e.length)/clusterSize*clusterSize)
 	}
 	f.lock(at, end-at)
@@ -106,7 +110,7 @@ func (f *Filter) step(at int64, buf []byte) (end int64, err error) {
 			if !e.zero {
 				e.length = min(e.length, f.o.Step)
 			}
-			if err := f.copy(e, buf, f.o.TargetIsZero, &f.copied); err != nil {
+			if err := f.copy(e, buf); err != nil {
 				return 0, err
 			}
 			for c := pos / clusterSize; c <= (pos+e.length-1)/clusterSize; c++ {
@@ -117,74 +121,6 @@ func (f *Filter) step(at int64, buf []byte) (end int64, err error) {
 	}
 	f.cursor.Store(end)
 	return end, nil
-}
-
-// catchUp has the target get writes that wait, but no more than wait now.
-func (f *Filter) catchUp(buf []byte) error {
-	for range f.late.waiting() {
-		w, _ := f.late.take()
-		if err := f.repeat(w, buf); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// repeat has the target get what a write changed.
-func (f *Filter) repeat(w late, buf []byte) error {
-	for end := w.off + w.n; w.off < end; {
-		n := min(end-w.off, f.o.Step)
-		if err := f.repeatStep(w.off, n, buf); err != nil {
-			return err
-		}
-		w.off += n
-	}
-	return nil
-}
-
-func (f *Filter) repeatStep(off, n int64, buf []byte) error {
-	f.lock(off, n)
-	defer f.unlock(off, n)
-	for end := off + n; off < end; {
-		e, err := f.extent(off, end-off)
-		if err == nil && e.take {
-			err = f.copy(e, buf, false, &f.mirrored)
-		}
-		if err != nil {
-			return err
-		}
-		off += e.length
-	}
-	return nil
-}
-
-// settle makes durable what the target holds, while writes may lag still, and then
-// has it hold all.
-func (f *Filter) settle(buf []byte) error {
-	flushed := make(chan error, 1)
-	go func() { flushed <- f.target.Flush() }()
-	look := time.NewTicker(lookInterval)
-	defer look.Stop()
-	var failed error
-	for waits := true; waits; {
-		select {
-		case err := <-flushed:
-			failed, waits = errors.Join(failed, err), false
-		case <-look.C:
-			if failed == nil {
-				failed = f.catchUp(buf)
-			}
-		}
-	}
-	for _, w := range f.late.close() {
-		if failed == nil {
-			failed = f.repeat(w, buf)
-		}
-	}
-	if failed != nil {
-		f.fail(failed)
-	}
-	return f.Err()
 }
 
 // extent is what is done about length bytes.
@@ -211,22 +147,22 @@ func (f *Filter) extent(off, n int64) (extent, error) {
 	return extent{start: off, length: e.Length, take: take, zero: e.Zero}, nil
 }
 
-// copy has the target hold what the source does, and counts what was sent.
-func (f *Filter) copy(e extent, buf []byte, isZero bool, sent *atomic.Int64) error {
+// copy has the target hold what the source does.
+func (f *Filter) copy(e extent, buf []byte) error {
 	if e.zero {
-		if isZero {
+		if f.o.TargetIsZero {
 			return nil
 		}
-		sent.Add(e.length)
+		f.copied.Add(e.length)
 		return f.target.WriteZeroes(e.start, e.length, true)
 	}
 	data := buf[:e.length]
 	if err := f.Node.Readv([][]byte{data}, e.start); err != nil {
 		return err
 	}
-	if isZero && block.IsZero(data) {
+	if f.o.TargetIsZero && block.IsZero(data) {
 		return nil
 	}
-	sent.Add(e.length)
+	f.copied.Add(e.length)
 	return f.target.Writev([][]byte{data}, e.start)
 }

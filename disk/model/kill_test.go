@@ -24,7 +24,7 @@ import (
 const (
 	killedSize  = 8 << 20
 	killedBlock = 4 << 10
-	killedStep  = 256 << 10
+	killedStep  = 64 << 10
 	killedEnv   = "GNOMON_TEST_KILLED"       // the job of the process that is to be killed
 	killedImage = "GNOMON_TEST_KILLED_IMAGE" // the disk's own image
 	killedFirst = "GNOMON_TEST_KILLED_FIRST" // the number of its first write

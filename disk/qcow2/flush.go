@@ -61,6 +61,7 @@ func (n *Node) flush() error {
 			w.l1[i] = true
 		}
 		w.freed = append(b.freed, w.freed...)
+		w.ordered = true // as far as can be told
 	} else if b.table != nil {
 		n.header.RefcountOffset = b.tableAt
 		n.header.RefcountTables = uint32(int64(len(b.table)) / n.header.ClusterSize())
@@ -77,7 +78,7 @@ func (n *Node) flush() error {
 func (n *Node) takeBatch() *batch {
 	w := n.w
 	b := &batch{counts: w.counts.slices.take(), l2: w.l2.take(), freed: w.freed, tableAt: w.counts.tableAt}
-	w.freed = nil
+	w.freed, w.ordered = nil, false
 	if len(w.counts.linked) > 0 {
 		b.linked = map[int64]uint64{}
 		for i := range w.counts.linked {

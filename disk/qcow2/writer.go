@@ -35,14 +35,19 @@ const (
 type writer struct {
 	file store
 
-	mu      sync.Mutex
-	change  sync.Cond      // on mu: busy, loading, or active while quiesce waits
-	end     int64          // of the file, in whole clusters; guarded by mu
-	room    int64          // the file is at least so long, with zeroes behind end; guarded by mu
-	counts  refcounts      // guarded by mu
-	l2      sliceCache     // guarded by mu
-	l1      map[int64]bool // entries of the L1 table that the file has not; guarded by mu
-	freed   []run          // clusters that the file still refers to; guarded by mu
+	mu     sync.Mutex
+	change sync.Cond      // on mu: busy, loading, or active while quiesce waits
+	end    int64          // of the file, in whole clusters; guarded by mu
+	room   int64          // the file is at least so long, with zeroes behind end; guarded by mu
+	counts refcounts      // guarded by mu
+	l2     sliceCache     // guarded by mu
+	l1     map[int64]bool // entries of the L1 table that the file has not; guarded by mu
+	freed  []run          // clusters that the file still refers to; guarded by mu
+	// uncovered are clusters of Uncover; guarded by mu.
+	uncovered []run
+	// ordered tells that an L2 entry that the file has not points to what must be durable
+	// before the file has it; guarded by mu.
+	ordered bool
 	busy    map[int64]bool // clusters that are being given a place; guarded by mu
 	loading map[int64]bool // slices of L2 tables that are being read; guarded by mu
 	missing int64          // the slice that errMissing is about; guarded by mu
@@ -145,11 +150,16 @@ func (w *writer) makeRoom(clusterSize int64) bool {
 
 // free has clusters be given back after the next flush. Preconditions: mu is held.
 func (w *writer) free(first, count int64) {
-	if k := len(w.freed) - 1; k >= 0 && w.freed[k].first+w.freed[k].count == first {
-		w.freed[k].count += count
-		return
+	w.freed = addRun(w.freed, run{first, count})
+}
+
+// addRun adds a run to some, the last of which it may prolong.
+func addRun(all []run, r run) []run {
+	if k := len(all) - 1; k >= 0 && all[k].first+all[k].count == r.first {
+		all[k].count += r.count
+		return all
 	}
-	w.freed = append(w.freed, run{first, count})
+	return append(all, r)
 }
 
 // writeZero writes zeroes to the file.
@@ -364,6 +374,7 @@ func (n *Node) set(cluster, count int64, entry func(i int64, old uint64) uint64)
 		}
 		binary.BigEndian.PutUint64(b, v)
 		n.w.l2.touch(s)
+		n.w.ordered = n.w.ordered || v != 0
 		n.replaced(old, v)
 	}
 	return count, nil
