@@ -464,7 +464,8 @@ func (d *model) commit() {
 	}
 	d.did("commit")
 	d.close()
-	d.must(qcow2.Commit(context.Background(), d.path(d.top()), nil))
+	_, err := qcow2.Commit(context.Background(), d.path(d.top()), qcow2.CommitOptions{Empty: d.r.IntN(2) == 0})
+	d.must(err)
 	d.drop(1)
 	d.open()
 }

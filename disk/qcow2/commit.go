@@ -4,77 +4,193 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/raw"
 )
 
-// Commit writes what the image at path holds itself to its backing file. The
-// image stays as it is; it can then be removed, or go on being used. progress,
-// where not nil, is told how many bytes of the disk are done.
-func Commit(ctx context.Context, path string, progress func(done, total int64)) (err error) {
+// CommitOptions say how an image is committed.
+type CommitOptions struct {
+	// Base is the image of its backing chain that gets what it holds; "": its backing file.
+	Base string
+	// Empty has the image hold nothing itself afterwards, which its backing file must be
+	// the base for. Else it stays as it is.
+	Empty bool
+	// Progress, where not nil, is told how many bytes of the disk are done.
+	Progress func(done, total int64)
+}
+
+// Commit writes what the image at path holds itself to an image that it lies on, which
+// then reads as it does. Images between the two are not what they were: their paths are
+// returned. The image itself reads as before.
+func Commit(ctx context.Context, path string, o CommitOptions) (invalid []string, err error) {
+	above, base, err := openCommit(path, o)
+	if err != nil {
+		return nil, err
+	}
+	top := above[0]
+	defer func() { err = errors.Join(err, base.Close(), top.Close()) }()
+	if err := commit(ctx, top, len(above), base, o.Progress); err != nil {
+		return nil, fmt.Errorf("commit disk %s: %w", path, err)
+	}
+	if o.Empty {
+		if err := top.empty(); err != nil {
+			return nil, fmt.Errorf("empty disk %s: %w", path, err)
+		}
+	}
+	for _, n := range above[1:] {
+		invalid = append(invalid, n.path)
+	}
+	return invalid, nil
+}
+
+// openCommit opens the image at path and those between it and the base, the last of
+// which lies on none here, and the base to be written.
+func openCommit(path string, o CommitOptions) (above []*Node, base block.Node, err error) {
+	var wanted fs.FileInfo
+	if o.Base != "" {
+		if wanted, err = os.Stat(o.Base); err != nil {
+			return nil, nil, fmt.Errorf("commit disk %s: %w: %w", path, ErrBacking, err)
+		}
+	}
 	c := newChain()
+	defer func() {
+		if err != nil && len(above) > 0 {
+			above[0].Close()
+		}
+	}()
+	for name := path; ; {
+		n, err := c.openOne(name, o.Empty && len(above) == 0)
+		if err != nil {
+			return above, nil, err
+		}
+		if above = append(above, n); len(above) > 1 {
+			above[len(above)-2].backing = n
+		}
+		h := n.header
+		if h.BackingFile == "" && wanted != nil {
+			return above, nil, fmt.Errorf("commit disk %s: %w: it does not lie on %s", path, ErrBacking, o.Base)
+		}
+		if h.BackingFile == "" {
+			return above, nil, fmt.Errorf("disk %s: %w: it lies on none", path, ErrBacking)
+		}
+		next, err := backingPath(name, h.BackingFile)
+		if err != nil {
+			return above, nil, err
+		}
+		info, err := os.Stat(next)
+		if wanted == nil || err == nil && os.SameFile(info, wanted) {
+			if o.Empty && len(above) > 1 {
+				return above, nil, fmt.Errorf("commit disk %s: %w: it cannot be emptied, since it does not lie on %s itself", path, ErrBacking, o.Base)
+			}
+			base, err = openBase(next, h.BackingFormat)
+			return above, base, err
+		}
+		if h.BackingFormat != "qcow2" {
+			return above, nil, fmt.Errorf("commit disk %s: %w: it does not lie on %s", path, ErrBacking, o.Base)
+		}
+		name = next
+	}
+}
+
+// openOne opens the image at path without what it lies on.
+func (c *chain) openOne(path string, writable bool) (*Node, error) {
+	if writable {
+		return c.openWritable(path)
+	}
 	file, err := c.open(path, true)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	n := c.node(file, path)
-	defer func() { err = errors.Join(err, file.Close()) }()
-	if err := n.init(); err != nil {
-		return fmt.Errorf("disk %s: %w", path, err)
+	if err = n.init(); err != nil {
+		err = fmt.Errorf("disk %s: %w", path, err)
+	} else if n.header.Incompatible&FeatureDataFile != 0 {
+		n.external, err = c.openDataFile(path, n.header)
 	}
-	if n.header.Incompatible&FeatureDataFile != 0 {
-		if n.external, err = c.openDataFile(path, n.header); err != nil {
+	if err != nil {
+		n.abandon()
+		return nil, err
+	}
+	return n, nil
+}
+
+// openBase opens an image to be written.
+func openBase(path, format string) (block.Node, error) {
+	if format == "qcow2" {
+		n, err := Open(path, false)
+		if err != nil {
+			return nil, err
+		}
+		return n, nil
+	}
+	n, err := raw.Open(path, false)
+	if err != nil {
+		return nil, err
+	}
+	return n, nil
+}
+
+// commit writes to base what the images above it hold. top is the newest of them, and
+// the last of them lies on none.
+func commit(ctx context.Context, top *Node, images int, base block.Node, progress func(done, total int64)) error {
+	if base.Size() < top.Size() {
+		if err := base.(block.Resizer).Resize(top.Size()); err != nil {
 			return err
 		}
-		defer n.external.Close()
 	}
-	if n.header.BackingFile == "" {
-		return fmt.Errorf("disk %s: %w: it lies on none", path, ErrBacking)
-	}
-	name, err := backingPath(path, n.header.BackingFile)
-	if err != nil {
-		return err
-	}
-	var base block.Node
-	if n.header.BackingFormat == "qcow2" {
-		base, err = Open(name, false)
-	} else {
-		base, err = raw.Open(name, false)
-	}
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, base.Close()) }()
-	if base.Size() < n.Size() {
-		if err := base.(block.Resizer).Resize(n.Size()); err != nil {
-			return fmt.Errorf("commit disk %s: %w", path, err)
-		}
-	}
-	buf := make([]byte, n.copied())
-	for off, size := int64(0), n.Size(); off < size; {
+	buf := make([]byte, top.copied())
+	for off, size := int64(0), top.Size(); off < size; {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		e, _, err := n.lookup(off, min(int64(len(buf)), size-off))
+		e, err := top.Map(off, min(int64(len(buf)), size-off))
 		switch {
 		case err != nil:
-		case e.kind == zero:
-			err = base.WriteZeroes(off, e.length, true)
-		case e.kind != unallocated:
-			if err = n.readExtent(&cursor{bufs: [][]byte{buf[:e.length]}}, e, off); err == nil {
-				err = base.Writev([][]byte{buf[:e.length]}, off)
+		case !e.Present && e.Depth == images-1: // it is the base's
+		case e.Zero || !e.Present:
+			// What lies behind the end of an image reads as zero, whatever the base holds
+			// there.
+			err = base.WriteZeroes(off, e.Length, true)
+		default:
+			part := buf[:e.Length]
+			if err = top.Readv([][]byte{part}, off); err == nil {
+				err = base.Writev([][]byte{part}, off)
 			}
 		}
 		if err != nil {
-			return fmt.Errorf("commit disk %s: at %d: %w", path, off, err)
+			return fmt.Errorf("at %d: %w", off, err)
 		}
-		off += e.length
+		off += e.Length
 		if progress != nil {
 			progress(off, size)
 		}
 	}
 	return base.Flush()
+}
+
+// empty has an image hold nothing itself. Interrupted, it holds some of what it did.
+func (n *Node) empty() error {
+	cluster := n.header.ClusterSize()
+	for first, end := int64(0), (n.Size()+cluster-1)/cluster; first < end; {
+		done, err := n.dropClusters(first, end-first)
+		if err == nil {
+			err = n.bound()
+		}
+		if err != nil {
+			return err
+		}
+		first += done
+	}
+	if err := n.Flush(); err != nil {
+		return err
+	}
+	n.w.flushing.Lock()
+	defer n.w.flushing.Unlock()
+	n.dropTables(0)
+	return n.flush()
 }
 
 // copied is how many bytes are copied at once: whole clusters, and no more than the

@@ -76,7 +76,8 @@ func (d *disk) overlay() {
 // commit moves the image in use into the one that it lies on.
 func (d *disk) commit() {
 	d.close()
-	d.must(Commit(context.Background(), d.path(), nil))
+	_, err := Commit(context.Background(), d.path(), CommitOptions{Empty: len(d.names)%2 == 0})
+	d.must(err)
 	d.must(os.Remove(d.path()))
 	d.names = d.names[:len(d.names)-1]
 	d.dirty = nil

@@ -157,7 +157,7 @@ func (n *Node) shrink(old, size int64) error {
 	}
 	n.w.flushing.Lock()
 	defer n.w.flushing.Unlock()
-	n.dropTables()
+	n.dropTables(n.header.l1Needed())
 	if err := n.flush(); err != nil {
 		return err
 	}
@@ -181,13 +181,13 @@ func (n *Node) dropClusters(first, count int64) (int64, error) {
 	return n.set(first, run, func(int64, uint64) uint64 { return 0 })
 }
 
-// dropTables frees the L2 tables behind the disk's end, which are empty.
+// dropTables frees the L2 tables from an index on, which are empty.
 // Preconditions: flushing is held.
-func (n *Node) dropTables() {
+func (n *Node) dropTables(first int64) {
 	w, size := n.w, n.header.ClusterSize()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for i := n.header.l1Needed(); i < int64(len(n.l1)); i++ {
+	for i := first; i < int64(len(n.l1)); i++ {
 		if at := int64(n.l1[i] & offsetMask); at != 0 {
 			w.l2.drop(at, size)
 			w.free(at/size, 1)

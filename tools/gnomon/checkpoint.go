@@ -136,7 +136,8 @@ image as it was cannot be restored afterwards. The overlay stays, and holds noth
 			}
 			bar := newProgress("committing")
 			defer bar.Finish()
-			return qcow2.Commit(cmd.Context(), args[0], bar.Set)
+			_, err := qcow2.Commit(cmd.Context(), args[0], qcow2.CommitOptions{Progress: bar.Set})
+			return err
 		},
 	}
 }

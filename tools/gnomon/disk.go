@@ -28,7 +28,7 @@ also be an NBD server's, nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH.
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newDiskCreateCommand(), newDiskInfoCommand(), newDiskMapCommand(), newDiskConvertCommand(), newDiskCompareCommand(), newCommitCommand(),
+	cmd.AddCommand(newDiskCreateCommand(), newDiskInfoCommand(), newDiskMapCommand(), newDiskConvertCommand(), newDiskCompareCommand(), newDiskCommitCommand(),
 		newDiskSnapshotCommand(), newDiskConsolidateCommand(), newDiskOwnerCommand(), newDiskReleaseCommand(), newDiskServeCommand(), newDiskChangesCommand(),
 		newDiskCheckCommand(), newDiskResizeCommand(), newDiskRebaseCommand(), newDiskSyncCommand())
 	return cmd

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -276,6 +277,70 @@ func TestDiskRebase(t *testing.T) {
 	}
 	works(t, "rebase", at("top.qcow2"), "-b", "")
 	whole("")
+}
+
+func TestDiskCommit(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	names := []string{"base.qcow2", "mid.qcow2", "top.qcow2"}
+	works(t, "create", at(names[0]), "1M")
+	for i, name := range names[1:] {
+		works(t, "create", at(name), "-b", names[i], "-F", "qcow2")
+	}
+	for i, name := range names {
+		if out, err := exec.Command("qemu-io", "-c", fmt.Sprintf("write -P %d %dk 200k", i+1, i*100), at(name)).CombinedOutput(); err != nil {
+			t.Fatalf("qemu-io: %v\n%s", err, out)
+		}
+	}
+	works(t, "convert", at("top.qcow2"), at("want.img"))
+	same := func(name string) {
+		t.Helper()
+		if out, status := byQEMU(t, "compare", at("want.img"), at(name)); status != 0 {
+			t.Errorf("%s: %s", name, out)
+		}
+		if out, status := byQEMU(t, "check", at(name)); status != 0 {
+			t.Errorf("%s: %s", name, out)
+		}
+	}
+	holds := func() (clusters int) {
+		t.Helper()
+		out, _ := byQEMU(t, "map", "--output=json", at("top.qcow2"))
+		return strings.Count(out, `"depth": 0`)
+	}
+	for _, tt := range []struct {
+		args   []string
+		status int
+		says   string
+	}{
+		{[]string{at("nothing.qcow2")}, statusError, "check the path"},
+		{[]string{at("base.qcow2")}, statusError, "lies on none"},
+		{[]string{at("top.qcow2"), "-b", at("want.img")}, statusError, "does not lie on"},
+		{[]string{at("top.qcow2"), "-b", ""}, statusUsage, "-b"},
+		{[]string{at("want.img"), "-f", "raw"}, statusUsage, "only a qcow2"},
+	} {
+		if _, says, status := gnomonDisk(t, append([]string{"commit"}, tt.args...)...); status != tt.status || !strings.Contains(says, tt.says) {
+			t.Errorf("commit %v: status %d: %s", tt.args, status, says)
+		}
+	}
+	held := holds()
+	out, says, status := gnomonDisk(t, "commit", "-b", at("base.qcow2"), at("top.qcow2"))
+	if status != 0 || out != "Image committed.\n" || !strings.Contains(says, at("mid.qcow2")+" is not what it was") || strings.Count(says, "\n") != 1 {
+		t.Errorf("commit -b: status %d: %q, %q", status, out, says)
+	}
+	same("base.qcow2")
+	same("top.qcow2")
+	if now := holds(); now != held || held == 0 {
+		t.Errorf("commit -b: it held %d extents and holds %d", held, now)
+	}
+	works(t, "commit", "-d", at("top.qcow2"))
+	if now := holds(); now != held {
+		t.Errorf("commit -d: it held %d extents and holds %d", held, now)
+	}
+	if _, says, _ := gnomonDisk(t, "commit", at("top.qcow2")); says != "" || holds() != 0 {
+		t.Errorf("commit: it holds %d extents; %q", holds(), says)
+	}
+	same("mid.qcow2")
+	same("top.qcow2")
 }
 
 // A copy of a disk is brought up to date again and again; what the file system uses
