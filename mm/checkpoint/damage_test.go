@@ -477,3 +477,73 @@ func TestHostileFooter(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// A message about damage says each thing once, in a file of its own as in a parent.
+func TestDamageIsToldOnce(t *testing.T) {
+	dir := t.TempDir()
+	parent, child := filepath.Join(dir, "parent"), filepath.Join(dir, "child")
+	if err := os.WriteFile(parent, small(t), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w, err := Create(child, CreateOptions{Memory: testRAM, Parent: parent})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Abort()
+	if err := errors.Join(w.Section("cpu0", 1, nil), w.Block([]uint64{7}, make([]byte, PageSize)), w.Commit()); err != nil {
+		t.Fatal(err)
+	}
+	told := map[string]bool{}
+	tell := func(what string, err error) {
+		if err == nil {
+			t.Errorf("%s: it is good", what)
+			return
+		}
+		seen := map[string]bool{}
+		for _, said := range strings.Split(err.Error(), ": ") {
+			if seen[said] {
+				t.Errorf("%s: %q is said twice: %v", what, said, err)
+			}
+			seen[said] = true
+		}
+		for _, path := range []string{parent, child} {
+			if strings.Count(err.Error(), path) > 1 {
+				t.Errorf("%s: %s is named twice: %v", what, path, err)
+			}
+		}
+		told[err.Error()] = true
+	}
+	for _, path := range []string{child, parent} {
+		good, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := 12; i < len(good); i += 61 {
+			bad := bytes.Clone(good)
+			bad[i] ^= 1
+			for how, b := range map[string][]byte{"changed": bad, "cut off": good[:i]} {
+				if err := os.WriteFile(path, b, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				what := fmt.Sprintf("%s %s at %d", filepath.Base(path), how, i)
+				err := tryRead(child)
+				tell(what, err)
+				if r, err := Open(child); err == nil {
+					if err := r.Flatten(t.Context(), filepath.Join(dir, "flat"), nil); err != nil {
+						tell(what+", flattened", err)
+					}
+					os.Remove(filepath.Join(dir, "flat"))
+					r.Close()
+				} else if _, err := Create(filepath.Join(dir, "grandchild"), CreateOptions{Memory: testRAM, Parent: child}); err != nil {
+					tell(what+", continued", err)
+				}
+			}
+		}
+		if err := os.WriteFile(path, good, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(told) < 20 {
+		t.Errorf("only %d messages were seen", len(told))
+	}
+}

@@ -36,8 +36,23 @@ type (
 // wrap names the file in an error.
 func (f *file) wrap(err error) error { return fmt.Errorf("%s: %w", f.path, err) }
 
+// part names a part of a file: "block " 3. It is written out for errors only.
+type part struct {
+	kind string
+	n    int // alone: there is one
+}
+
+const alone = -1
+
+func (p part) String() string {
+	if p.n == alone {
+		return p.kind
+	}
+	return fmt.Sprintf("%s%d", p.kind, p.n)
+}
+
 // damaged is an error about a part of the file.
-func (f *file) damaged(what string, offset uint64, err error) error {
+func (f *file) damaged(what part, offset uint64, err error) error {
 	return fmt.Errorf("%s: %w: %s at offset %d: %w", f.path, ErrDamaged, what, offset, err)
 }
 
@@ -85,7 +100,7 @@ func openFile(path string) (_ *file, err error) {
 		return nil, f.wrap(fmt.Errorf("%w: footer at offset %d: it is another checkpoint's", ErrDamaged, f.size-footerSize))
 	}
 	f.end = foot.directory.offset
-	raw, err := f.read("directory", foot.directory, nil)
+	raw, err := f.read(part{"directory", alone}, foot.directory, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -101,7 +116,7 @@ func openFile(path string) (_ *file, err error) {
 }
 
 // read reads an extent, into room where that has the capacity, and checks it.
-func (f *file) read(what string, e extent, room []byte) ([]byte, error) {
+func (f *file) read(what part, e extent, room []byte) ([]byte, error) {
 	if cap(room) < int(e.length) {
 		room = make([]byte, e.length)
 	}
@@ -132,7 +147,7 @@ func decompress(room, stored []byte) error {
 }
 
 func (f *file) section(s *section) ([]byte, error) {
-	what := fmt.Sprintf("section %q", s.name)
+	what := part{fmt.Sprintf("section %q", s.name), alone}
 	stored, err := f.read(what, s.extent, nil)
 	if err != nil || s.codec == codecRaw {
 		return stored, err
@@ -165,7 +180,7 @@ func (f *file) page(i uint64) (uint32, error) {
 
 func (f *file) readPageChunk(at uint64) (*pageChunk, error) {
 	e := f.dir.pageChunks[at]
-	what := fmt.Sprintf("page index, chunk %d", at)
+	what := part{"page index, chunk ", int(at)}
 	stored, err := f.read(what, e, nil)
 	if err != nil {
 		return nil, err
@@ -200,7 +215,7 @@ func (f *file) block(n int) (*blockEntry, error) {
 
 func (f *file) readBlockChunk(at int) (*blockChunk, error) {
 	e := f.dir.blockChunks[at]
-	what := fmt.Sprintf("block index, chunk %d", at)
+	what := part{"block index, chunk ", at}
 	stored, err := f.read(what, e, nil)
 	if err != nil {
 		return nil, err

@@ -249,14 +249,21 @@ func childrenIn(dir string, parent ID) ([]string, error) {
 
 // Needed refuses, with ErrNeeded, if another checkpoint in the directories of
 // the chain's files needs one of them. Those elsewhere are not looked for.
+// A copy of one of the files is another checkpoint, which needs its parent too.
 func (r *Reader) Needed() error {
 	var dirs []string
-	chain := map[ID]bool{}
+	chain := map[string]bool{}
 	for _, f := range r.files {
-		if dir := filepath.Dir(f.path); !slices.Contains(dirs, dir) {
-			dirs = append(dirs, dir)
+		real, err := filepath.EvalSymlinks(f.path)
+		if err != nil {
+			return err
 		}
-		chain[f.head.id] = true
+		for _, path := range []string{f.path, real} {
+			if dir := filepath.Dir(path); !slices.Contains(dirs, dir) {
+				dirs = append(dirs, dir)
+			}
+			chain[path] = true
+		}
 	}
 	for _, f := range r.files {
 		for _, dir := range dirs {
@@ -265,12 +272,11 @@ func (r *Reader) Needed() error {
 				return err
 			}
 			for _, path := range children {
-				child, err := openFile(path)
+				real, err := filepath.EvalSymlinks(path)
 				if err != nil {
 					return err
 				}
-				child.f.Close()
-				if !chain[child.head.id] {
+				if !chain[real] && !chain[path] {
 					return fmt.Errorf("%w: %s by %s", ErrNeeded, f.path, path)
 				}
 			}

@@ -266,19 +266,19 @@ func (r *Reader) ReadBlock(b BlockID, buf []byte) (pages []byte, stored int, err
 	}
 	pages = buf[:size]
 	if e.codec == codecRaw {
-		_, err = f.read("block", e.extent, pages)
+		_, err = f.read(part{"block ", n}, e.extent, pages)
 	} else {
 		room := r.stored.Get().(*[]byte)
 		defer r.stored.Put(room)
 		var raw []byte
-		if raw, err = f.read("block", e.extent, *room); err == nil {
+		if raw, err = f.read(part{"block ", n}, e.extent, *room); err == nil {
 			if err := decompress(pages, raw); err != nil {
-				return nil, 0, f.damaged(fmt.Sprintf("block %d", n), e.offset, err)
+				return nil, 0, f.damaged(part{"block ", n}, e.offset, err)
 			}
 		}
 	}
 	if err != nil {
-		return nil, 0, fmt.Errorf("block %d of %s: %w", n, f.path, err)
+		return nil, 0, err
 	}
 	return pages, int(e.length), nil
 }

@@ -113,7 +113,7 @@ func (f *file) checkSlots() error {
 				return err
 			}
 			if entry != slotEntry(uint32(n), slot) {
-				return f.damaged(fmt.Sprintf("block index, chunk %d", n/chunkBlocks), f.dir.blockChunks[n/chunkBlocks].offset,
+				return f.damaged(part{"block index, chunk ", n / chunkBlocks}, f.dir.blockChunks[n/chunkBlocks].offset,
 					fmt.Errorf("slot %d of block %d is page %#x's, which is elsewhere", slot, n, pfn))
 			}
 		}
@@ -135,18 +135,18 @@ func (f *file) checkSlots() error {
 				}
 				slot := int(entry % BlockPages)
 				if slot >= len(b.pfns) {
-					return f.damaged(fmt.Sprintf("page index, chunk %d", at), f.dir.pageChunks[at].offset,
+					return f.damaged(part{"page index, chunk ", at}, f.dir.pageChunks[at].offset,
 						fmt.Errorf("entry %d names slot %d of a block of %d", j, slot, len(b.pfns)))
 				}
 				if own, _ := f.layout.index(b.pfns[slot]); own != uint64(at*chunkPages+j) && b.shared&(1<<slot) == 0 {
-					return f.damaged(fmt.Sprintf("page index, chunk %d", at), f.dir.pageChunks[at].offset,
+					return f.damaged(part{"page index, chunk ", at}, f.dir.pageChunks[at].offset,
 						fmt.Errorf("entry %d names slot %d of a block, which is not shared", j, slot))
 				}
 			}
 		}
 	}
 	if d := f.dir; slots != d.dataPages || zeros != d.zeroPages || others-slots != d.duplicatePages || bytes != d.blockBytes {
-		return f.damaged("directory", f.end, errors.New("wrong counts"))
+		return f.damaged(part{"directory", alone}, f.end, errors.New("wrong counts"))
 	}
 	return nil
 }

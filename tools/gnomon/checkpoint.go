@@ -74,6 +74,9 @@ machine. gnomon restore starts a machine from the file.`,
 		if *to == "" {
 			return usageError(errors.New("no --to: name the checkpoint file to make"))
 		}
+		if flags.Changed("parent") && *parent == "" {
+			return usageError(errors.New(`--parent "": name the checkpoint that this one continues, or leave out --parent to save everything`))
+		}
 		arguments := map[string]any{"mode": *mode, "disks": *disks, "dismiss-on-disconnect": true}
 		for key, path := range map[string]string{"file": *to, "parent": *parent} {
 			if path == "" {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -103,7 +104,7 @@ func newCheckpointVerifyCommand() *cobra.Command {
 		Use:   "verify FILE",
 		Short: "Read every byte of a checkpoint and its parents and check it",
 		Long: `Read every byte of a checkpoint and its parents and check it. The first fault ends this with status 1: the error
-names the file, what is damaged in it, and the offset.`,
+names the file, what is damaged in it, and the offset. With --output json it is in the object, too.`,
 		Args: usageArgs(cobra.ExactArgs(1)),
 	}
 	output := addOutputFlag(cmd)
@@ -111,31 +112,50 @@ names the file, what is damaged in it, and the offset.`,
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
-		r, err := openCheckpoint(args[0])
+		v := verified{Files: []string{args[0]}}
+		err := v.verify(cmd.Context(), args[0])
+		if *output == "json" && cmd.Context().Err() == nil {
+			if err != nil {
+				v.Error = err.Error()
+			}
+			return errors.Join(err, printJSON(cmd.OutOrStdout(), v))
+		}
 		if err != nil {
 			return err
 		}
-		defer r.Close()
-		var bytes int64
-		bar := newProgress("verifying")
-		err = r.Verify(cmd.Context(), func(done, total int64) {
-			bytes = total
-			bar.Set(done, total)
-		})
-		bar.Finish()
-		if err != nil {
-			return err
-		}
-		files := append([]string{args[0]}, r.Parents()...)
-		if *output == "json" {
-			return printJSON(cmd.OutOrStdout(), map[string]any{"good": true, "files": files, "bytes": bytes})
-		}
-		for _, f := range files {
+		for _, f := range v.Files {
 			fmt.Fprintf(cmd.OutOrStdout(), "%s: good\n", f)
 		}
 		return nil
 	}
 	return cmd
+}
+
+// verified is what became of a checkpoint's verification.
+type verified struct {
+	Good  bool     `json:"good"`
+	Files []string `json:"files"` // as far as they are known
+	Bytes int64    `json:"bytes"` // of all files, once they are known
+	Error string   `json:"error,omitempty"`
+}
+
+func (v *verified) verify(ctx context.Context, path string) error {
+	r, err := openCheckpoint(path)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	v.Files = append(v.Files, r.Parents()...)
+	bar := newProgress("verifying")
+	defer bar.Finish()
+	if err := r.Verify(ctx, func(done, total int64) {
+		v.Bytes = total
+		bar.Set(done, total)
+	}); err != nil {
+		return err
+	}
+	v.Good = true
+	return nil
 }
 
 func newCheckpointFlattenCommand() *cobra.Command {

@@ -143,3 +143,108 @@ func TestCheckpointFileCommands(t *testing.T) {
 		t.Errorf("left behind: %v", left)
 	}
 }
+
+// A checkpoint that is not good is told of in one object, and by the status.
+func TestVerifyTellsInJSON(t *testing.T) {
+	dir := t.TempDir()
+	parent, child := filepath.Join(dir, "parent"), filepath.Join(dir, "child")
+	saveCheckpoint(t, parent, "", 1)
+	saveCheckpoint(t, child, parent, 2)
+	good, err := os.ReadFile(parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocked := bytes.Clone(good)
+	blocked[4100] ^= 1
+	for name, c := range map[string]struct {
+		parent []byte // nil: there is none
+		files  int
+		want   string
+	}{
+		"cut off": {good[:len(good)-1], 1, "damaged"},
+		"damaged": {blocked, 2, "damaged"},
+		"missing": {nil, 1, "missing"},
+		"not one": {[]byte("a text"), 1, "not a checkpoint"},
+	} {
+		if err := errors.Join(os.Remove(parent), os.WriteFile(parent, c.parent, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		if c.parent == nil {
+			os.Remove(parent)
+		}
+		out, err := checkpointCommand(t, "verify", child, "--output", "json")
+		if err == nil {
+			t.Errorf("%s: it is good", name)
+		}
+		var v struct {
+			Good  *bool
+			Files []string
+			Error string
+		}
+		d := json.NewDecoder(strings.NewReader(out))
+		if err := d.Decode(&v); err != nil || v.Good == nil || *v.Good || len(v.Files) != c.files || !strings.Contains(v.Error, c.want) || !strings.Contains(v.Error, parent) || d.More() {
+			t.Errorf("%s: %v: %s", name, err, out)
+		}
+		if c.parent == nil {
+			os.WriteFile(parent, nil, 0o600)
+		}
+	}
+}
+
+// A copy of a checkpoint needs the parents that the checkpoint itself does.
+func TestFlattenBesideCopies(t *testing.T) {
+	for name, link := range map[string]func(from, to string) error{
+		"a copy": func(from, to string) error {
+			b, err := os.ReadFile(from)
+			return errors.Join(err, os.WriteFile(to, b, 0o600))
+		},
+		"a hard link": os.Link,
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			at := func(name string) string { return filepath.Join(dir, name) }
+			saveCheckpoint(t, at("first"), "", 1)
+			saveCheckpoint(t, at("second"), at("first"), 2)
+			if err := link(at("second"), at("copy")); err != nil {
+				t.Fatal(err)
+			}
+			_, err := checkpointCommand(t, "flatten", at("second"), "--to", at("flat"), "--delete-parents")
+			if !errors.Is(err, checkpoint.ErrNeeded) || !strings.Contains(err.Error(), at("copy")) {
+				t.Errorf("%v", err)
+			}
+			if _, err := checkpointCommand(t, "verify", at("copy")); err != nil {
+				t.Errorf("the other is not whole any more: %v", err)
+			}
+			if err := os.Remove(at("copy")); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := checkpointCommand(t, "flatten", at("second"), "--to", at("flat"), "--delete-parents"); err != nil {
+				t.Error(err)
+			}
+			// What was flattened has no parent: flattened again it is deleted, and its copy stays.
+			if err := link(at("flat"), at("copy")); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := checkpointCommand(t, "flatten", at("flat"), "--to", at("again"), "--delete-parents"); err != nil {
+				t.Error(err)
+			}
+			for _, whole := range []string{"again", "copy"} {
+				if _, err := checkpointCommand(t, "verify", at(whole)); err != nil {
+					t.Errorf("%s: %v", whole, err)
+				}
+			}
+			if _, err := checkpointCommand(t, "flatten", at("copy"), "--to", at("copy"), "--delete-parents"); err == nil || !strings.Contains(err.Error(), "exists") {
+				t.Errorf("to itself: %v", err)
+			}
+		})
+	}
+}
+
+func TestCheckpointOfNoParent(t *testing.T) {
+	cmd := newCheckpointCommand()
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	cmd.SetArgs([]string{"no-such-machine", "--to", filepath.Join(t.TempDir(), "c"), "--parent", ""})
+	if err := cmd.ExecuteContext(t.Context()); err == nil || !strings.Contains(err.Error(), "leave out --parent") || strings.Contains(err.Error(), "\n") {
+		t.Error(err)
+	}
+}
