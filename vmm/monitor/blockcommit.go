@@ -3,6 +3,7 @@ package monitor
 import (
 	"context"
 
+	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/mirror"
 	"github.com/gnomon-vmm/gnomon/qmp"
 	"github.com/gnomon-vmm/gnomon/vmm"
@@ -81,13 +82,25 @@ func (mon *monitor) committed(d vmm.AttachedDisk, a *commitArguments) (top, base
 func (mon *monitor) commitNewest(w *blockWork, base int) {
 	d, names := w.disk, mon.namedChain(w.disk)
 	var c *mirror.Consolidation
+	var written block.Node // the base, while it is written
+	// The disk may be in the base when something fails, too.
+	rename := func() {
+		if base < len(names) && d.Root.Current() == written {
+			mon.rename(d, names[base:])
+			return
+		}
+		mon.rename(d, names)
+	}
 	w.prepare = func() (err error) {
 		c, err = mirror.Consolidate(d.Root, mirror.Options{Depth: base, Progress: w.progress, Pause: w.pace})
 		mon.rename(d, names)
+		if chain := chainOf(d.Root); base < len(chain) {
+			written = chain[base]
+		}
 		return err
 	}
 	w.abandon = func() error {
-		defer mon.rename(d, names)
+		defer rename()
 		return c.Cancel()
 	}
 	w.work = func(ctx context.Context) error {
@@ -98,19 +111,11 @@ func (mon *monitor) commitNewest(w *blockWork, base int) {
 		if err != nil {
 			return err
 		}
+		defer rename()
 		if !complete {
-			err = c.Cancel()
-			mon.rename(d, names)
-			return err
+			return c.Cancel()
 		}
-		if err := c.Finish(); err != nil {
-			mon.rename(d, names)
-			return err
-		}
-		if base < len(names) {
-			mon.rename(d, names[base:])
-		}
-		return nil
+		return c.Finish()
 	}
 }
 

@@ -2,6 +2,8 @@ package monitor_test
 
 import (
 	"fmt"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -83,4 +85,64 @@ func TestBlockCommitMiddle(t *testing.T) {
 	o.m.Close()
 	h.holds(t, at("6.qcow2"))
 	clean(t, at("0.qcow2"))
+}
+
+// withoutPrivilege runs a test again in a process that permissions of files hold for,
+// and tells whether this is that process.
+func withoutPrivilege(t *testing.T) bool {
+	t.Helper()
+	const mark = "GNOMON_TEST_WITHOUT_PRIVILEGE"
+	if os.Geteuid() != 0 || os.Getenv(mark) != "" {
+		return true
+	}
+	setpriv, err := exec.LookPath("setpriv")
+	if err != nil {
+		t.Skip("host feature missing: setpriv (Debian's util-linux)")
+	}
+	cmd := exec.CommandContext(t.Context(), setpriv, "--bounding-set=-dac_override,-dac_read_search", os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(os.Environ(), mark+"=1")
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+		t.Errorf("%v\n%s", err, out)
+	}
+	return false
+}
+
+// A commit that fails when the disk is in the base already leaves the nodes their
+// names: the base's is that of the disk, the overlay's leads nowhere.
+func TestBlockCommitFailsInBase(t *testing.T) {
+	if !withoutPrivilege(t) {
+		return
+	}
+	dir, closed := t.TempDir(), t.TempDir()
+	base, overlay := filepath.Join(dir, "base.qcow2"), filepath.Join(closed, "overlay.qcow2")
+	qemuImg(t, "create", "-q", "-f", "qcow2", base, "8M")
+	o := start(t, "spin", nil)
+	o.do(t, "blockdev-add", m{"driver": "qcow2", "node-name": "b", "file": m{"driver": "file", "filename": base}}, nil)
+	o.do(t, "device_add", m{"driver": "virtio-blk-pci", "id": "d", "drive": "b"}, nil)
+	h := newHistory(t, o, 0)
+	h.write(t, 50)
+	o.do(t, "blockdev-snapshot-sync", m{"device": "d", "snapshot-file": overlay, "snapshot-node-name": "o"}, nil)
+	h.write(t, 50)
+	o.do(t, "block-commit", m{"device": "d"}, nil)
+	o.job(t, "d", "BLOCK_JOB_READY")
+	// Files can be made and renamed there, but what was renamed cannot be made durable.
+	if err := os.Chmod(closed, 0o300); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Chmod(closed, 0o700) })
+	o.do(t, "block-job-complete", m{"device": "d"}, nil)
+	if e := o.job(t, "d", "BLOCK_JOB_COMPLETED"); e.Data["error"] == nil {
+		t.Errorf("the job ended well: %v", e.Data)
+	}
+	o.null(t, "d")
+	for range 10 { // of two names for one node either may be told
+		wantNodes(t, o.peer, map[string]string{"b": "qcow2 base.qcow2"})
+	}
+	h.write(t, 50)
+	h.check(t)
+	// The names can be used.
+	o.do(t, "blockdev-snapshot-sync", m{"node-name": "b", "snapshot-file": filepath.Join(dir, "next.qcow2"), "snapshot-node-name": "o"}, nil)
+	wantNodes(t, o.peer, map[string]string{"o": "qcow2 next.qcow2 on base.qcow2", "b": "qcow2 base.qcow2 ro"})
+	h.check(t)
 }
