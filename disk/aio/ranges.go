@@ -25,6 +25,17 @@ func (r *ranges) lock(start, end int64, alone bool) {
 	r.active = append(r.active, span{start, end, alone})
 }
 
+// tryLock is lock that does not wait; it tells whether the part can be written.
+func (r *ranges) tryLock(start, end int64, alone bool) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.conflict(start, end, alone) {
+		return false
+	}
+	r.active = append(r.active, span{start, end, alone})
+	return true
+}
+
 // conflict tells whether somebody is in the way. Preconditions: mu is held.
 func (r *ranges) conflict(start, end int64, alone bool) bool {
 	for _, s := range r.active {

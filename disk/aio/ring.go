@@ -10,12 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// operation is IORING_OP_READV or IORING_OP_WRITEV.
+// operation is one of IORING_OP_READV and so on.
 type operation uint8
 
 const (
-	opRead  operation = 1
-	opWrite operation = 2
+	opRead        operation = 1
+	opWrite       operation = 2
+	opReadBuffer  operation = 22
+	opWriteBuffer operation = 23
 )
 
 // ringEntries is how many requests a ring has under way at most; more wait.
@@ -30,7 +32,6 @@ const ringEntries = 128
 // goroutines run first, whose requests go along.
 type ring struct {
 	shared // with the kernel; its submission side is guarded by mu, its completions are the leader's
-	fd     int
 
 	mu        sync.Mutex
 	room      sync.Cond // on mu: a slot is free
@@ -207,7 +208,7 @@ func (r *ring) reap(me *slot) (woken int) {
 }
 
 // submit gives the kernel what there is, and waits until so many requests are complete.
-func (r *ring) submit(complete uint32) {
+func (r *shared) submit(complete uint32) {
 	for {
 		err := r.enter(complete)
 		switch err {

@@ -19,6 +19,9 @@ const (
 	featSingleMmap   = 1 << 0
 	featNoDrop       = 1 << 1
 	featSubmitStable = 1 << 2
+
+	registerEventFD           = 4
+	completionEventFDDisabled = 1 << 0
 )
 
 // submission is struct io_uring_sqe.
@@ -63,15 +66,17 @@ type parameters struct {
 // shared is what a ring shares with the kernel. Each end of a queue is moved by one
 // side and read by the other.
 type shared struct {
+	fd              int
 	queues, entries []byte // mapped
 	sqHead, sqTail  *uint32
 	cqHead, cqTail  *uint32
+	cqFlags         *uint32
 	sqes            []submission
 	cqes            []completion
 }
 
 // setUp makes a ring of n entries, a power of two, and twice as many completions.
-func (r *ring) setUp(n uint32) error {
+func (r *shared) setUp(n uint32) error {
 	var p parameters
 	fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, uintptr(n), uintptr(unsafe.Pointer(&p)), 0)
 	if errno != 0 {
@@ -84,7 +89,7 @@ func (r *ring) setUp(n uint32) error {
 	return nil
 }
 
-func (r *ring) mapQueues(p *parameters) (err error) {
+func (r *shared) mapQueues(p *parameters) (err error) {
 	const needed = featSingleMmap | featNoDrop | featSubmitStable
 	if p.features&needed != needed {
 		return fmt.Errorf("the kernel is too old: it has the features %#x of %#x", p.features&needed, needed)
@@ -99,6 +104,7 @@ func (r *ring) mapQueues(p *parameters) (err error) {
 	}
 	at := func(off uint32) *uint32 { return (*uint32)(unsafe.Pointer(&r.queues[off])) }
 	r.sqHead, r.sqTail, r.cqHead, r.cqTail = at(p.sq.head), at(p.sq.tail), at(p.cq.head), at(p.cq.tail)
+	r.cqFlags = at(p.cq.flags)
 	r.sqes = unsafe.Slice((*submission)(unsafe.Pointer(&r.entries[0])), p.sqEntries)
 	r.cqes = unsafe.Slice((*completion)(unsafe.Pointer(&r.queues[p.cq.cqes])), p.cqEntries)
 	// Entries are used in their order.
@@ -109,7 +115,7 @@ func (r *ring) mapQueues(p *parameters) (err error) {
 	return nil
 }
 
-func (r *ring) tearDown() error {
+func (r *shared) tearDown() error {
 	var errs []error
 	for _, m := range [][]byte{r.queues, r.entries} {
 		if m != nil {
@@ -121,7 +127,7 @@ func (r *ring) tearDown() error {
 
 // push writes an entry, which the kernel takes with the next call of enter.
 // Preconditions: mu is held; no more than ringEntries are under way.
-func (r *ring) push(index uint64, op operation, fd int, v *vector, off int64) {
+func (r *shared) push(index uint64, op operation, fd int, v *vector, off int64) {
 	tail := *r.sqTail
 	r.sqes[tail&uint32(len(r.sqes)-1)] = submission{
 		opcode: uint8(op), fd: int32(fd), off: uint64(off), userData: index,
@@ -130,13 +136,46 @@ func (r *ring) push(index uint64, op operation, fd int, v *vector, off int64) {
 	atomic.StoreUint32(r.sqTail, tail+1)
 }
 
+// pushBuffer is push for a single buffer. Preconditions: those of push.
+func (r *shared) pushBuffer(index uint64, write bool, fd int, buf []byte, off int64) {
+	op := opReadBuffer
+	if write {
+		op = opWriteBuffer
+	}
+	tail := *r.sqTail
+	r.sqes[tail&uint32(len(r.sqes)-1)] = submission{
+		opcode: uint8(op), fd: int32(fd), off: uint64(off), userData: index,
+		addr: uint64(uintptr(unsafe.Pointer(unsafe.SliceData(buf)))), length: uint32(len(buf)),
+	}
+	atomic.StoreUint32(r.sqTail, tail+1)
+}
+
+// signal has an eventfd be signalled for each completion, unless quiet.
+func (r *shared) signal(eventfd int) error {
+	fd := int32(eventfd)
+	_, _, errno := unix.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(r.fd), registerEventFD, uintptr(unsafe.Pointer(&fd)), 1, 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// quiet has completions not be signalled, or be signalled again.
+func (r *shared) quiet(on bool) {
+	flags := uint32(0)
+	if on {
+		flags = completionEventFDDisabled
+	}
+	atomic.StoreUint32(r.cqFlags, flags) // and a fence
+}
+
 // unsubmitted tells whether there are entries that the kernel has not taken yet.
-func (r *ring) unsubmitted() bool {
+func (r *shared) unsubmitted() bool {
 	return atomic.LoadUint32(r.sqHead) != atomic.LoadUint32(r.sqTail)
 }
 
 // enter has the kernel take entries, and waits for so many completions.
-func (r *ring) enter(complete uint32) unix.Errno {
+func (r *shared) enter(complete uint32) unix.Errno {
 	flags := uintptr(0)
 	if complete > 0 {
 		flags = enterGetEvents
@@ -147,10 +186,10 @@ func (r *ring) enter(complete uint32) unix.Errno {
 }
 
 // completed tells whether pop has something.
-func (r *ring) completed() bool { return *r.cqHead != atomic.LoadUint32(r.cqTail) }
+func (r *shared) completed() bool { return *r.cqHead != atomic.LoadUint32(r.cqTail) }
 
 // pop takes the next completion. It is the leader's.
-func (r *ring) pop() (index uint64, result int32, ok bool) {
+func (r *shared) pop() (index uint64, result int32, ok bool) {
 	head := *r.cqHead
 	if head == atomic.LoadUint32(r.cqTail) {
 		return 0, 0, false

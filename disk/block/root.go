@@ -36,6 +36,7 @@ type Root struct {
 	// must be none.
 	requests sync.RWMutex
 	current  atomic.Pointer[holder]
+	waits    atomic.Bool // see Waits; changed when current is
 	// claim names who changes the nodes; "": nobody.
 	claim atomic.Pointer[string]
 	// released gets a value at each Release, for who waits in ClaimWhenFree.
@@ -88,8 +89,14 @@ var _ Mapper = (*Root)(nil)
 // NewRoot makes a root that passes requests on to n.
 func NewRoot(n Node) *Root {
 	r := &Root{released: make(chan struct{}, 1)}
-	r.current.Store(&holder{n})
+	r.use(n)
 	return r
+}
+
+// use has requests be passed on to n. There are none meanwhile.
+func (r *Root) use(n Node) {
+	r.current.Store(&holder{n})
+	r.waits.Store(Waits(n))
 }
 
 // Current is the node that requests are passed on to.
@@ -146,7 +153,7 @@ func (r *Root) Swap(n Node) {
 func (r *Root) Drained(f func(current Node) Node) {
 	r.requests.Lock()
 	defer r.requests.Unlock()
-	r.current.Store(&holder{f(r.Current())})
+	r.use(f(r.Current()))
 }
 
 func length(bufs [][]byte) (n int64) {

@@ -4,6 +4,7 @@ package block
 // for memory to be copied: then it pays to have several under way.
 type Waiter interface {
 	Node
+	// Waits tells so. It is asked while nobody changes the node.
 	Waits() bool
 }
 
@@ -14,5 +15,5 @@ func Waits(n Node) bool {
 	return ok && w.Waits()
 }
 
-// Waits implements Waiter.
-func (r *Root) Waits() bool { return Waits(r.Current()) }
+// Waits implements Waiter. It may be asked at any time.
+func (r *Root) Waits() bool { return r.waits.Load() }

@@ -318,8 +318,11 @@ func (b *Blk) writeThrough() bool {
 
 // Handle serves requests until the queue is empty, or has lanes serve them.
 func (b *Blk) Handle(q *Queue) error {
-	if b.lanes != nil && (block.Waits(b.cfg.Node) || q.shared && b.lanes[q.Index()].underWay()) {
-		return b.lanes[q.Index()].dispatch()
+	if b.lanes != nil {
+		if l := b.lanes[q.Index()]; block.Waits(b.cfg.Node) || q.aside && l.underWay() {
+			return l.serve()
+		}
+		q.aside = false
 	}
 	bq := b.queues[q.Index()]
 	cost := 0

@@ -3,45 +3,89 @@ package virtio
 import (
 	"fmt"
 	"sync"
+	"time"
+
+	"github.com/gnomon-vmm/gnomon/disk/aio"
+	"github.com/gnomon-vmm/gnomon/disk/block"
 )
 
 // blkLanes serve requests of one queue side by side, for a node whose requests wait.
-// The queue's worker only hands requests out, so that it hears of those that come
-// while all others wait.
+// The queue's worker only begins requests, so that it hears of those that come while
+// all others wait. What can be begun by the worker's io_uring is, and ends in the worker;
+// for all else there are goroutines.
 type blkLanes struct {
 	blk   *Blk
 	queue *Queue
 
+	ring *aio.Ring // the worker's; nil: there is none
+	made bool      // it was tried to make one; the worker's
+
 	mu     sync.Mutex
 	free   []*blkLane // guarded by mu
-	made   int        // lanes there are; guarded by mu
+	all    int        // lanes there are; guarded by mu
 	busy   int        // of those, how many are not free; guarded by mu
 	wanted bool       // the worker found none that is free; guarded by mu
 }
 
-// blkLane is a goroutine that serves one request after the other.
+// blkLane is what a request has while it is under way.
 type blkLane struct {
 	blkQueue
-	begin chan struct{} // its chain is there
+	lanes *blkLanes
+
+	// Of a request that the worker began.
+	request block.Request
+	began   time.Time
+	bytes   int64
+
+	begin chan struct{} // has the goroutine serve what is in chain; nil: there is none yet
 }
 
-// dispatch hands requests out until the queue is empty, or no lane free. One that
-// becomes free has the worker call it again then.
-func (l *blkLanes) dispatch() error {
+// serve begins requests until the queue is empty, or no lane free, and ends those of the
+// ring. A lane that becomes free has the worker call it again then.
+func (l *blkLanes) serve() error {
 	q := l.queue
-	q.share()
-	q.aside = true
+	if !l.made {
+		l.made = true
+		if q.event != nil {
+			l.ring, _ = aio.NewRing(q.event.fd) // without one there are the goroutines
+		}
+	}
+	for err := error(nil); ; {
+		if l.ring != nil && l.ring.UnderWay() > 0 {
+			l.ring.Reap()
+			q.Flush()
+		}
+		if err == nil {
+			err = l.dispatch()
+		}
+		if l.ring == nil {
+			q.aside = l.underWay()
+			return err
+		}
+		l.ring.Submit()
+		q.begun = l.ring.UnderWay()
+		q.aside = q.begun > 0 || l.underWay()
+		if q.begun == 0 || !l.ring.Arm() {
+			return err
+		}
+	}
+}
+
+// dispatch begins requests.
+func (l *blkLanes) dispatch() error {
 	for {
 		lane := l.take()
 		if lane == nil {
 			return nil
 		}
-		ok, err := q.Pop(&lane.chain)
+		ok, err := l.queue.Pop(&lane.chain)
 		if err != nil || !ok {
 			l.put(lane)
 			return err
 		}
-		lane.begin <- struct{}{}
+		if l.ring == nil || !lane.start() {
+			lane.handOver()
+		}
 	}
 }
 
@@ -53,10 +97,9 @@ func (l *blkLanes) take() *blkLane {
 	switch last := len(l.free) - 1; {
 	case last >= 0: // the one that has slept least
 		lane, l.free = l.free[last], l.free[:last]
-	case l.made < l.blk.cfg.Depth:
-		l.made++
-		lane = &blkLane{begin: make(chan struct{}, 1)}
-		go l.run(lane)
+	case l.all < l.blk.cfg.Depth:
+		l.all++
+		lane = &blkLane{lanes: l}
 	default:
 		l.wanted = true
 		return nil
@@ -81,25 +124,85 @@ func (l *blkLanes) put(lane *blkLane) {
 	}
 }
 
-// underWay tells whether lanes serve requests.
+// underWay tells whether requests are.
 func (l *blkLanes) underWay() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.busy > 0
 }
 
-// run serves the requests of a lane until end.
-func (l *blkLanes) run(lane *blkLane) {
-	q := l.queue
+// start begins the lane's request by the worker's ring, if that can be done.
+func (lane *blkLane) start() bool {
+	b, r := lane.lanes.blk, &lane.request
+	var header [blkHeaderSize]byte
+	lane.bufs = lane.bufs[:0]
+	if lastByte(lane.chain.Write) == nil || !b.header(&lane.blkQueue, header[:]) {
+		return false
+	}
+	switch le.Uint32(header[:]) {
+	case blkIn:
+		b.input(&lane.blkQueue)
+		r.Write = false
+	case blkOut:
+		if b.readOnly || b.writeThrough() {
+			return false
+		}
+		r.Write = true
+	default:
+		return false
+	}
+	lane.bytes = total(lane.bufs)
+	off, ok := b.offset(le.Uint64(header[8:]), lane.bytes)
+	if !ok {
+		return false
+	}
+	lane.began = time.Now()
+	r.Bufs, r.Off, r.Ring = lane.bufs, off, lane.lanes.ring
+	r.Enter(lane, 0)
+	if block.Start(b.cfg.Node, r) {
+		return true
+	}
+	r.Leave()
+	return false
+}
+
+// Ended implements block.Ender: the worker's ring has done the request.
+func (lane *blkLane) Ended(r *block.Request, _ int64, err error) {
+	if err == block.ErrAgain {
+		lane.handOver()
+		return
+	}
+	b, op, c := lane.lanes.blk, BlkRead, &lane.lanes.blk.stats.read
+	if r.Write {
+		op, c = BlkWrite, &b.stats.write
+	}
+	*lastByte(lane.chain.Write) = b.done(c, op, lane.bytes, lane.began, err)
+	_ = lane.lanes.queue.Push(&lane.chain, writeLen(&lane.chain)) // which does not fail
+	lane.lanes.put(lane)
+}
+
+// handOver has the lane's goroutine serve the request.
+func (lane *blkLane) handOver() {
+	lane.lanes.queue.share()
+	if lane.begin == nil {
+		lane.begin = make(chan struct{}, 1)
+		go lane.run()
+	}
+	lane.begin <- struct{}{}
+}
+
+// run serves requests until the device stops.
+func (lane *blkLane) run() {
+	l := lane.lanes
 	for range lane.begin {
 		written, err := l.blk.request(&lane.blkQueue)
 		if err == nil {
-			err = q.Push(&lane.chain, written)
+			err = l.queue.Push(&lane.chain, written)
 		} else {
-			err = fmt.Errorf("%w: queue %d: %w", ErrBlk, q.Index(), err)
+			err = fmt.Errorf("%w: queue %d: %w", ErrBlk, l.queue.Index(), err)
 		}
 		if err == nil {
-			q.Flush()
+			l.queue.Flush()
 		} else {
 			(*l.blk.host.Load()).Fail(err)
 		}
@@ -107,12 +210,17 @@ func (l *blkLanes) run(lane *blkLane) {
 	}
 }
 
-// end has the lanes end, which are all free, for good.
+// end has the goroutines end. All lanes are free, for good.
 func (l *blkLanes) end() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, lane := range l.free {
-		close(lane.begin)
+		if lane.begin != nil {
+			close(lane.begin)
+		}
 	}
 	l.free = nil
+	if l.ring != nil {
+		_ = l.ring.Close()
+	}
 }

@@ -227,7 +227,7 @@ func (p *PCI) begin() error {
 			queue: q, dev: p.dev, gate: p.gate, event: p.events[i],
 			fail: s.Fail, broken: &p.broken, done: make(chan struct{}),
 		}
-		q.gate, q.wake = p.gate, w.wake
+		q.event, q.gate, q.wake = p.events[i], p.gate, w.wake
 		q.intr = func() { p.interrupt(isrQueue, p.vectors[i].Load()) }
 		s.queues[i], s.workers[i] = q, w
 	}

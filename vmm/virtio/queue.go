@@ -93,10 +93,13 @@ type Queue struct {
 	shared  bool       // set by the worker, for good
 	pushing sync.Mutex // held, where shared, for used, usedWrap, unsignalled and quiet, and where the driver sees these
 	aside   bool       // the device goes on with chains after Handle; the worker's
+	begun   int        // of those, chains of whose end the worker hears by event; the worker's
+	broken  bool       // Pop finds nothing any more; the worker's
 
-	gate *gate  // Pop finds nothing while it holds; may be nil
-	wake func() // may be nil
-	intr func() // interrupts the driver; may be nil
+	event *eventFD // has the worker call Handle; may be nil
+	gate  *gate    // Pop finds nothing while it holds; may be nil
+	wake  func()   // may be nil
+	intr  func()   // interrupts the driver; may be nil
 }
 
 // newQueue checks a driver's set-up and returns the queue, whose rings stay
@@ -219,7 +222,7 @@ func (q *Queue) unlock() {
 // the driver broke the ring (the device is then broken).
 func (q *Queue) Pop(c *Chain) (bool, error) {
 	c.reset()
-	if q.gate != nil && q.gate.hold.Load() {
+	if q.broken || q.gate != nil && q.gate.hold.Load() {
 		return false, nil
 	}
 	if q.packed {

@@ -24,7 +24,8 @@ const (
 // owns everything the types share: feature negotiation, queue set-up, one
 // worker goroutine for each queue, pause, reset, interrupts.
 //
-// A queue is touched only by its worker goroutine, inside Handle. What
+// A queue is touched only by its worker goroutine, inside Handle, or by what
+// has joined that for a request that takes longer. What
 // arrives from the host (a network frame, a vsock connection) is put in the
 // device's own bounded buffer, and Queue.Wake makes the worker call Handle.
 // So pausing the workers pauses the device.

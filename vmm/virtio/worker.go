@@ -80,14 +80,15 @@ func newGate() *gate {
 	return g
 }
 
-// enter waits while paused. It returns false when the worker shall end.
-func (g *gate) enter() bool {
+// enter waits while paused, and returns false when the worker shall end; but not if it
+// has joined for what it has begun.
+func (g *gate) enter(begun bool) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for g.paused && !g.stopping {
+	for g.paused && !g.stopping && !begun {
 		g.changed.Wait()
 	}
-	if g.stopping {
+	if g.stopping && !begun {
 		return false
 	}
 	g.inside++
@@ -171,10 +172,11 @@ func (w *worker) wake() {
 // Handle: there may be chains from before the start.
 func (w *worker) run() {
 	defer close(w.done)
-	for w.gate.enter() {
+	q := w.queue
+	for w.gate.enter(q.begun > 0) {
 		again := w.serve()
 		w.gate.leave()
-		if again {
+		if again && q.begun == 0 {
 			continue
 		}
 		if w.state.CompareAndSwap(workerRunning, workerIdle) {
@@ -191,13 +193,20 @@ func (w *worker) run() {
 }
 
 // serve calls Handle until there is nothing to do. It returns true when the
-// gate wants the worker out before that is certain.
+// gate wants the worker out before that is certain. Of a device that is broken Handle
+// only ends what it has begun.
 func (w *worker) serve() bool {
 	q := w.queue
-	for !w.broken.Load() {
+	for {
+		if w.broken.Load() {
+			if q.begun == 0 {
+				return false
+			}
+			q.broken = true
+		}
 		w.state.Store(workerRunning)
 		q.suppressKicks()
-		q.emptied, q.aside = false, false
+		q.emptied = false
 		err := w.dev.Handle(q)
 		q.Flush()
 		if err != nil {
@@ -206,6 +215,9 @@ func (w *worker) serve() bool {
 		}
 		if w.gate.hold.Load() {
 			return true
+		}
+		if q.broken {
+			return false
 		}
 		if w.state.Load() == workerAgain {
 			continue
@@ -221,5 +233,4 @@ func (w *worker) serve() bool {
 		}
 		return false
 	}
-	return false
 }

@@ -1,0 +1,197 @@
+package aio
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/disk/block"
+)
+
+// ends collects the ends of requests.
+type ends struct{ errs []error }
+
+func (e *ends) Ended(_ *block.Request, _ int64, err error) { e.errs = append(e.errs, err) }
+
+// testRing is a Ring and the eventfd that it signals.
+type testRing struct {
+	*Ring
+	t     *testing.T
+	event int
+}
+
+func newTestRing(t *testing.T) *testRing {
+	t.Helper()
+	event, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := NewRing(event)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+		unix.Close(event)
+	})
+	return &testRing{r, t, event}
+}
+
+// wait submits, and reaps until nothing is under way, as a worker does.
+func (r *testRing) wait() {
+	r.t.Helper()
+	r.Submit()
+	for r.Reap(); r.UnderWay() > 0; r.Reap() {
+		if !r.Arm() {
+			var count [8]byte
+			if _, err := unix.Read(r.event, count[:]); err != nil {
+				r.t.Fatal(err)
+			}
+		}
+	}
+}
+
+// Requests of one goroutine that are under way together do what Readv and Writev do, or
+// are left to these.
+func TestRingModel(t *testing.T) {
+	const size = 4 << 20
+	for _, o := range []Options{{Engine: IOUring, Direct: true}, {Engine: IOUring}} {
+		f, r := newFile(t, size, o), newTestRing(t)
+		rng := rand.New(rand.NewPCG(3, 4))
+		fill := rand.NewChaCha8([32]byte{8})
+		started := 0
+		for round := range 20 {
+			var requests [ringEntries + 10]block.Request
+			var e ends
+			blocks := rng.Perm(size / 4096)
+			begun := 0
+			for i := range requests {
+				q := &requests[i]
+				*q = block.Request{Write: rng.IntN(2) == 0, Off: int64(blocks[i]) * 4096, Ring: r}
+				n := 4096 >> rng.IntN(4)
+				memory := alignedMemory(n)
+				q.Bufs = [][]byte{memory}
+				if cut := n / 2; rng.IntN(2) == 0 {
+					q.Bufs = [][]byte{memory[:0], memory[:cut], memory[cut:]}
+				}
+				if q.Write {
+					fill.Read(memory)
+					copy(f.content[q.Off:], memory)
+				}
+				q.Enter(&e, 0)
+				if f.Start(q) {
+					begun++
+					continue
+				}
+				q.Leave()
+				var err error
+				if q.Write {
+					err = f.Writev(q.Bufs, q.Off, size)
+				} else {
+					_, err = f.Readv(q.Bufs, q.Off)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			if begun > ringEntries || r.UnderWay() != begun {
+				t.Fatalf("%d requests begun, %d under way", begun, r.UnderWay())
+			}
+			r.wait()
+			if len(e.errs) != begun || errors.Join(e.errs...) != nil {
+				t.Fatalf("round %d: %d of %d ended: %v", round, len(e.errs), begun, errors.Join(e.errs...))
+			}
+			for i := range requests {
+				if q := &requests[i]; !bytes.Equal(bytes.Join(q.Bufs, nil), f.content[q.Off:][:len(bytes.Join(q.Bufs, nil))]) {
+					t.Fatalf("round %d: request %d: other data", round, i)
+				}
+			}
+			started += begun
+		}
+		if started < 20*ringEntries/4 {
+			t.Errorf("%d requests were started", started)
+		}
+		if len(f.writes.active) != 0 {
+			t.Errorf("%d writes hold on to their ranges", len(f.writes.active))
+		}
+	}
+}
+
+// What a ring cannot do as a whole ends with ErrAgain, what fails with its error; and what
+// is in the way of a write is waited for by others.
+func TestRingEnds(t *testing.T) {
+	f, r := newFile(t, 8192, Options{Engine: IOUring, Direct: true}), newTestRing(t)
+	var e ends
+	start := func(q block.Request) bool {
+		q.Ring = r
+		q.Enter(&e, 0)
+		p := &q
+		return f.Start(p)
+	}
+	memory := alignedMemory(16384)
+	if !start(block.Request{Off: 4096, Bufs: [][]byte{memory[:8192]}}) {
+		t.Error("a read that passes the file's end did not start")
+	}
+	for name, q := range map[string]block.Request{
+		"nothing":    {},
+		"odd length": {Bufs: [][]byte{memory[:100]}},
+		"odd place":  {Bufs: [][]byte{memory[:4096]}, Off: 100},
+		"odd memory": {Bufs: [][]byte{memory[1:4097]}},
+	} {
+		if f.memory == 1 && name == "odd memory" {
+			continue
+		}
+		if start(q) {
+			t.Errorf("%s: started", name)
+		}
+	}
+	f.writes.lock(0, 4096, true)
+	write := block.Request{Write: true, Bufs: [][]byte{memory[:4096]}}
+	if start(write) {
+		t.Error("a write started in the midst of another")
+	}
+	f.writes.unlock(0, 4096, true)
+	if !start(write) {
+		t.Error("a write did not start")
+	}
+	r.wait()
+	if len(e.errs) != 2 || e.errs[0] != block.ErrAgain && e.errs[1] != block.ErrAgain || e.errs[0] != nil && e.errs[1] != nil {
+		t.Errorf("ended with %v", e.errs)
+	}
+	e.errs = nil
+	q := block.Request{Bufs: [][]byte{memory}, Ring: r}
+	q.Enter(&e, 0)
+	if !r.Start(&q, r.event+1000) {
+		t.Error("did not start")
+	}
+	r.wait()
+	if len(e.errs) != 1 || e.errs[0] != unix.EBADF {
+		t.Errorf("ended with %v", e.errs)
+	}
+}
+
+func TestRingDoesNotAllocate(t *testing.T) {
+	f, r := newFile(t, 1<<20, Options{Engine: IOUring, Direct: true}), newTestRing(t)
+	e := ends{errs: make([]error, 0, 100000)}
+	var requests [32]block.Request
+	memory := alignedMemory(len(requests) * 4096)
+	for i := range requests {
+		requests[i] = block.Request{Write: i%2 == 0, Bufs: [][]byte{memory[i*4096:][:4096]}, Off: int64(i) * 4096, Ring: r}
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		for i := range requests {
+			requests[i].Enter(&e, 0)
+			if !f.Start(&requests[i]) {
+				t.Fatal("did not start")
+			}
+		}
+		r.wait()
+	}); n >= 1 {
+		t.Errorf("%v allocations", n)
+	}
+}
