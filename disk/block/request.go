@@ -20,14 +20,16 @@ type Starter interface {
 	Node
 	// Start begins a request and returns true: End of the request is called later, not
 	// within this call. Or it returns false, and all is as before: Readv or Writev has
-	// to do it, since something must be waited for or is wrong.
-	Start(r *Request) bool
+	// to do it, since something must be waited for or is wrong. as is the node that was
+	// asked: where it is another, which has this one embedded and does more than it, all is
+	// left to its Readv and Writev.
+	Start(r *Request, as Node) bool
 }
 
-// Start is n.Start for a node that is a Starter; others begin nothing.
+// Start has n begin a request, if it is a Starter; others begin nothing.
 func Start(n Node, r *Request) bool {
 	s, ok := n.(Starter)
-	return ok && s.Start(r)
+	return ok && s.Start(r, n)
 }
 
 // Ring takes requests to the kernel.
@@ -75,10 +77,10 @@ func (r *Request) End(err error) {
 }
 
 // Start implements Starter.
-func (r *Root) Start(q *Request) bool {
+func (r *Root) Start(q *Request, as Node) bool {
 	// Who wants the nodes to stand still waits for requests that may still be on their
 	// way to the kernel: no waiting for him here.
-	if r.throttle.Load() != nil || !r.requests.TryRLock() {
+	if as != Node(r) || r.throttle.Load() != nil || !r.requests.TryRLock() {
 		return false
 	}
 	if q.Enter(r, 0) {

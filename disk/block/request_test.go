@@ -45,7 +45,10 @@ type starter struct {
 	begun  []*Request
 }
 
-func (s *starter) Start(r *Request) bool {
+func (s *starter) Start(r *Request, as Node) bool {
+	if as != Node(s) {
+		return false
+	}
 	if s.begins {
 		s.begun = append(s.begun, r)
 	}
@@ -65,7 +68,7 @@ func TestRootStarts(t *testing.T) {
 	var o order
 	r := Request{Write: true, Bufs: [][]byte{make([]byte, 10)}, Off: 5}
 	r.Enter(&o, 1)
-	if !root.Start(&r) || len(node.begun) != 1 || !slices.Equal(heard.all, [][2]int64{{5, 10}}) {
+	if !Start(root, &r) || len(node.begun) != 1 || !slices.Equal(heard.all, [][2]int64{{5, 10}}) {
 		t.Fatalf("begun %v, recorded %v", node.begun, heard.all)
 	}
 	// Who changes nodes waits for it, and nothing is begun meanwhile.
@@ -78,18 +81,18 @@ func TestRootStarts(t *testing.T) {
 	for root.requests.TryRLock() { // until Swap waits
 		root.requests.RUnlock()
 	}
-	if root.Start(&late) || late.count != 0 {
+	if Start(root, &late) || late.count != 0 {
 		t.Error("a request was begun while there must be none")
 	}
 	r.End(nil)
 	<-swapped
-	if !root.Start(&late) || len(other.begun) != 1 || !slices.Equal(o.tags, []int64{1}) {
+	if !Start(root, &late) || len(other.begun) != 1 || !slices.Equal(o.tags, []int64{1}) {
 		t.Errorf("begun %v, heard %v", other.begun, o.tags)
 	}
 	late.End(nil)
 	// What is not begun leaves nothing behind.
 	other.begins = false
-	if root.Start(&late) || late.count != 0 || !root.requests.TryLock() {
+	if Start(root, &late) || late.count != 0 || !root.requests.TryLock() {
 		t.Error("a request that was not begun has not left")
 	}
 	root.requests.Unlock()
@@ -97,8 +100,11 @@ func TestRootStarts(t *testing.T) {
 	if err := root.SetLimits(Limits{Ops: Limit{Rate: 1}}); err != nil {
 		t.Fatal(err)
 	}
-	if root.Start(&late) {
+	if Start(root, &late) {
 		t.Error("a request was begun in spite of limits")
+	}
+	if Start(struct{ *starter }{other}, &late) || Start(struct{ *Root }{NewRoot(other)}, &late) {
+		t.Error("a request was begun by what another node has embedded")
 	}
 	if Waits(root) || Start(other.Node, &late) {
 		t.Error("a node that tells nothing waits, or begins requests")

@@ -6,9 +6,9 @@ var _ block.Starter = (*Node)(nil)
 
 // Start implements block.Starter, for what lies side by side in clusters of the image
 // itself and, if it is to be written, needs no change of tables.
-func (n *Node) Start(r *block.Request) bool {
+func (n *Node) Start(r *block.Request, as block.Node) bool {
 	length, size, off := total(r.Bufs), n.size.Load(), r.Off
-	if n.w == nil || length == 0 || off < 0 || off > size || length > size-off {
+	if as != block.Node(n) || n.w == nil || length == 0 || off < 0 || off > size || length > size-off {
 		return false
 	}
 	if r.Write && (n.through || n.rules.Detects(r.Bufs) || !n.startsWrite(off, length)) {

@@ -51,7 +51,7 @@ func TestStart(t *testing.T) {
 		var e ended
 		r := block.Request{Write: write, Bufs: [][]byte{memory[:length]}, Off: off, Ring: ring}
 		r.Enter(&e, 0)
-		if !n.Start(&r) {
+		if !block.Start(n, &r) {
 			if r.Off != off || e.count != 0 {
 				t.Errorf("a request that did not start is at %d, and ended %d times", r.Off, e.count)
 			}
@@ -125,6 +125,9 @@ func TestStart(t *testing.T) {
 		t.Error("zeroes were written that are to be told from data")
 	}
 	n.SetRules(block.WriteRules{})
+	if block.Start(struct{ *Node }{n}, &block.Request{Bufs: [][]byte{memory[:4096]}, Ring: ring}) || block.Start(struct{ *raw.Node }{n.file.(*raw.Node)}, &block.Request{Bufs: [][]byte{memory[:4096]}, Ring: ring}) {
+		t.Error("started for a node that embeds this one")
+	}
 	n.through = true
 	if start(true, 0, 4096) {
 		t.Error("a write started that is to be durable when it ends")

@@ -56,7 +56,7 @@ func newWaitingNode(t *testing.T, starts bool) *waitingNode {
 }
 
 // Start implements block.Starter.
-func (w *waitingNode) Start(r *block.Request) bool {
+func (w *waitingNode) Start(r *block.Request, _ block.Node) bool {
 	reader := int(w.reader.Load())
 	if reader < 0 || r.Write || !r.Enter(w, 0) {
 		return false
