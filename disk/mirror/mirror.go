@@ -66,6 +66,9 @@ type Filter struct {
 	handsOver                  atomic.Bool  // what was copied may be the target's alone
 	requests                   atomic.Int64 // of the disk's user
 
+	turns turns     // of the pass and the disk's user
+	over  *handOver // or nil; set before there are turns
+
 	// Of the pass: whether it rests at all times, the requests that it has seen, when
 	// there was a new one, and how long it is still to rest.
 	alwaysRest bool
@@ -251,11 +254,15 @@ func (f *Filter) send(how way, off, n int64, do func(to block.Node, off, n int64
 // Readv implements block.Node.
 func (f *Filter) Readv(bufs [][]byte, off int64) error {
 	f.requests.Add(1)
-	return f.Node.Readv(bufs, off)
+	return f.withTurn(func() error { return f.Node.Readv(bufs, off) })
 }
 
 // Writev implements block.Node.
 func (f *Filter) Writev(bufs [][]byte, off int64) error {
+	return f.withTurn(func() error { return f.writev(bufs, off) })
+}
+
+func (f *Filter) writev(bufs [][]byte, off int64) error {
 	start := off
 	var n int64
 	for _, b := range bufs {

@@ -26,45 +26,20 @@ const (
 // Run makes the pass. When it returns without an error the target holds all that
 // the disk reads as, and every later write goes to it too, until Err is not nil.
 func (f *Filter) Run(ctx context.Context) error {
-	over := f.startHandOver()
-	err := f.pass(ctx, over)
-	if failed := over.end(err == nil); err == nil && failed != nil {
+	f.turns.mu.Lock()
+	f.turns.buf = make([]byte, max(f.o.Step, turnSize))
+	f.turns.cost.Store(int64(2 * maxTurn)) // until it is known
+	f.over = f.startHandOver()
+	f.turns.mu.Unlock()
+	err := f.pass(ctx)
+	f.endTurns()
+	if failed := f.over.end(err == nil); err == nil && failed != nil {
 		f.fail(failed)
 	}
 	if err != nil {
 		return err
 	}
 	return f.Err()
-}
-
-func (f *Filter) pass(ctx context.Context, over *handOver) error {
-	buf := make([]byte, f.o.Step)
-	for at := int64(0); at < f.Size(); {
-		if f.o.Pause != nil {
-			if err := f.o.Pause(); err != nil {
-				return err
-			}
-		}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		begin := time.Now()
-		end, err := f.step(at, buf)
-		took := time.Since(begin)
-		if err == nil {
-			err = over.passed(end)
-		}
-		if err != nil {
-			f.fail(err)
-			return f.Err()
-		}
-		at = end
-		if f.o.Progress != nil {
-			f.o.Progress(at, f.Size())
-		}
-		f.rest(took)
-	}
-	return nil
 }
 
 // rest leaves the host's processors to the disk's user after a step. Short rests
@@ -84,13 +59,13 @@ func (f *Filter) rest(took time.Duration) {
 	}
 }
 
-// step copies from at on, and returns how far it came: what nothing is held of is
-// passed over at once.
-func (f *Filter) step(at int64, buf []byte) (end int64, err error) {
+// step copies n bytes from at on, and returns how far it came: what nothing is held of is
+// passed over at once. Preconditions: turns.mu is held.
+func (f *Filter) step(at, n int64, buf []byte) (end int64, err error) {
 	if err := f.Err(); err != nil {
 		return 0, err
 	}
-	end = min(at+f.o.Step, f.Size())
+	end = min(at+n, f.Size())
 	if e, err := f.extent(at, end-at); err != nil {
 		return 0, err
 	} else if !e.take && at+e.length == end { // nor will it be, as writes there go to the target
@@ -108,7 +83,7 @@ func (f *Filter) step(at int64, buf []byte) (end int64, err error) {
 		}
 		if e.take {
 			if !e.zero {
-				e.length = min(e.length, f.o.Step)
+				e.length = min(e.length, n)
 			}
 			if err := f.copy(e, buf); err != nil {
 				return 0, err
@@ -147,7 +122,7 @@ func (f *Filter) extent(off, n int64) (extent, error) {
 	return extent{start: off, length: e.Length, take: take, zero: e.Zero}, nil
 }
 
-// copy has the target hold what the source does.
+// copy has the target hold what the source does. Preconditions: turns.mu is held.
 func (f *Filter) copy(e extent, buf []byte) error {
 	if e.zero {
 		if f.o.TargetIsZero {
@@ -157,12 +132,14 @@ func (f *Filter) copy(e extent, buf []byte) error {
 		return f.target.WriteZeroes(e.start, e.length, true)
 	}
 	data := buf[:e.length]
-	if err := f.Node.Readv([][]byte{data}, e.start); err != nil {
+	f.turns.bufs[0] = data
+	bufs := f.turns.bufs[:]
+	if err := f.Node.Readv(bufs, e.start); err != nil {
 		return err
 	}
 	if f.o.TargetIsZero && block.IsZero(data) {
 		return nil
 	}
 	f.copied.Add(e.length)
-	return f.target.Writev([][]byte{data}, e.start)
+	return f.target.Writev(bufs, e.start)
 }
