@@ -5,10 +5,12 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -58,11 +60,13 @@ func (m *memory) Size() int64 {
 	defer m.mu.Unlock()
 	return (max(m.size, int64(len(m.b))) + sector - 1) / sector * sector
 }
-func (m *memory) ReadOnly() bool   { return m.readOnly }
-func (m *memory) Info() block.Info { return block.Info{Filename: "image", ActualSize: 1 << 40} }
-func (m *memory) Close() error     { return nil }
-func (m *memory) Freeze() error    { return nil }
-func (m *memory) IgnoreFlushes()   {}
+func (m *memory) ReadOnly() bool { return m.readOnly }
+func (m *memory) Info() block.Info {
+	return block.Info{Format: "raw", Filename: "image", ActualSize: 1 << 40}
+}
+func (m *memory) Close() error   { return nil }
+func (m *memory) Freeze() error  { return nil }
+func (m *memory) IgnoreFlushes() {}
 
 func (m *memory) Grow(size int64) {
 	m.mu.Lock()
@@ -152,8 +156,9 @@ func (m *memory) WriteZeroes(off, n int64, _ bool) error {
 func inMemory(t testing.TB, files map[string]*memory, readOnly bool) (*Node, error) {
 	t.Helper()
 	c := newChain()
-	places := map[string]string{"image": "/", "base": "."}
+	places := map[string]string{"image": "/", "base": ".", "between": ".."}
 	c.openFile = func(path string, _ bool) (block.Node, fs.FileInfo, error) {
+		path = strings.TrimLeft(path, "./")
 		info, err := os.Stat(places[path])
 		if err != nil || files[path] == nil {
 			return nil, nil, fs.ErrNotExist
@@ -257,10 +262,12 @@ func TestPowerLoss(t *testing.T) {
 type workload struct {
 	t       *testing.T
 	r       *rand.Rand
-	acts    int    // each time that it is opened
-	read    []byte // what lookAt reads into
-	first   []byte // the file at the beginning
-	base    *memory
+	acts    int                // each time that it is opened
+	read    []byte             // what lookAt reads into
+	first   []byte             // the file at the beginning
+	files   map[string]*memory // that the image may lie on
+	stay    map[string]*memory // those of them that it lies on in the end, or nil
+	done    int                // what the log had when it did so
 	log     []change
 	moments []moment
 	s       *sectors
@@ -270,12 +277,13 @@ type workload struct {
 func newWorkload(t *testing.T, o CreateOptions, most int64, acts int, r *rand.Rand) *workload {
 	t.Helper()
 	content := make([]byte, most)
-	w := &workload{t: t, r: r, acts: acts, base: &memory{b: make([]byte, most/2), readOnly: true}}
-	for i := range w.base.b {
-		w.base.b[i] = byte(r.Uint32() >> (i / 1024 % 2 * 32)) // each other KiB is zero
+	base := &memory{b: make([]byte, most/2), readOnly: true}
+	w := &workload{t: t, r: r, acts: acts, files: map[string]*memory{"base": base}}
+	for i := range base.b {
+		base.b[i] = byte(r.Uint32() >> (i / 1024 % 2 * 32)) // each other KiB is zero
 	}
 	if o.Backing != "" {
-		copy(content, w.base.b)
+		copy(content, base.b)
 	}
 	first, err := o.encode()
 	if err != nil {
@@ -300,10 +308,17 @@ func (w *workload) note(sizes ...int64) {
 	w.moments = append(w.moments, moment{len(w.log), slices.Clone(w.s.was), sizes, w.started})
 }
 
+// open opens an image.
+func (w *workload) open(file *memory) (*Node, error) {
+	files := maps.Clone(w.files)
+	files["image"] = file
+	return inMemory(w.t, files, false)
+}
+
 func (w *workload) run() {
 	file := &memory{b: slices.Clone(w.first), log: &w.log}
 	for range 3 {
-		n, err := inMemory(w.t, map[string]*memory{"image": file, "base": w.base}, false)
+		n, err := w.open(file)
 		w.must(err)
 		for range w.acts {
 			w.act(n)
@@ -400,8 +415,13 @@ func (w *workload) cut(what string) {
 	var b []byte
 	flushed, at := 0, 0
 	dir := w.t.TempDir()
-	writeFile(w.t, filepath.Join(dir, "base"), w.base.b)
+	for name, file := range w.files {
+		writeFile(w.t, filepath.Join(dir, name), file.b)
+	}
 	for k := range w.log {
+		if w.stay != nil && k >= w.done {
+			w.files = w.stay
+		}
 		if w.log[k].flush {
 			for _, c := range w.log[flushed:k] {
 				durable = c.apply(durable)
@@ -455,7 +475,7 @@ func (w *workload) lookAt(what string, b []byte, moments []moment, goOn bool) []
 	if err != nil || report.Corruptions != 0 || report.CheckErrors != 0 {
 		t.Fatalf("%s: %v\n%+v", what, err, report)
 	}
-	n, err := inMemory(t, map[string]*memory{"image": file, "base": w.base}, false)
+	n, err := w.open(file)
 	if err != nil {
 		t.Fatalf("%s: %v", what, err)
 	}

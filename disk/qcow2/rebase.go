@@ -3,7 +3,6 @@ package qcow2
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -131,77 +130,4 @@ func (n *Node) keep(was, now []byte, off int64) error {
 		}
 	}
 	return nil
-}
-
-// rename writes a header that names another backing file. Between the sectors that
-// it has it is not safe against power loss, as QEMU's is not.
-func (n *Node) rename(name, format string) error {
-	n.w.flushing.Lock()
-	defer n.w.flushing.Unlock()
-	first := make([]byte, n.header.ClusterSize())
-	if err := n.file.Readv([][]byte{first}, 0); err != nil {
-		return fmt.Errorf("read header: %w", err)
-	}
-	b, err := withBacking(first, name, format)
-	if err != nil {
-		return err
-	}
-	h, err := ParseHeader(b)
-	if err != nil {
-		return err
-	}
-	if err := n.writeHeader(0, b); err != nil {
-		return err
-	}
-	*n.header = *h
-	return nil
-}
-
-// withBacking is an image's first cluster with another backing file's name: the
-// extensions but its format stay as they are, known or not.
-func withBacking(first []byte, name, format string) ([]byte, error) {
-	be := binary.BigEndian
-	at := headerLenV2
-	if be.Uint32(first[4:]) >= 3 {
-		at = int(be.Uint32(first[100:]))
-	}
-	end := len(first)
-	if old := int(be.Uint64(first[8:])); old != 0 {
-		end = old
-	}
-	b := bytes.Clone(first[:at])
-	if name != "" {
-		b = be.AppendUint32(b, extBackingFormat)
-		b = be.AppendUint32(b, uint32(len(format)))
-		b = append(b, format...)
-		b = append(b, make([]byte, -len(b)&7)...)
-	}
-	for at+8 <= end { // ParseHeader has found them to be whole
-		kind, length := be.Uint32(first[at:]), (int(be.Uint32(first[at+4:]))+7)&^7
-		if kind == extEnd {
-			break
-		}
-		if kind != extBackingFormat && kind != extNothing {
-			b = append(b, first[at:at+8+length]...)
-		}
-		at += 8 + length
-	}
-	b = append(b, make([]byte, 8)...) // extEnd
-	be.PutUint64(b[8:], 0)
-	be.PutUint32(b[16:], 0)
-	if name != "" {
-		if len(b)+bitmapsGap+len(name) <= len(first) {
-			b = append(b, make([]byte, bitmapsGap)...)
-		}
-		be.PutUint64(b[8:], uint64(len(b)))
-		be.PutUint32(b[16:], uint32(len(name)))
-		b = append(b, name...)
-	}
-	if len(b) > len(first) || len(name) > maxBackingName {
-		return nil, fmt.Errorf("%w: its name has %d bytes, for which the header has no room", ErrBacking, len(name))
-	}
-	if old := len(bytes.TrimRight(first, "\x00")); len(b) < old {
-		b = append(b, make([]byte, old-len(b))...)
-	}
-	return b, nil
 }
