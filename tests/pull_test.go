@@ -117,3 +117,52 @@ func TestPulledBackups(t *testing.T) {
 		})
 	}
 }
+
+// What a command that was killed has left on a machine is taken back by the next, of
+// one that still runs it is left alone.
+func TestPullKilled(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	for _, vmm := range []string{"gnomon", "QEMU"} {
+		t.Run(vmm, func(t *testing.T) {
+			dir := t.TempDir()
+			at := func(name string) string { return filepath.Join(dir, name) }
+			img, machine, socket, scratch := at("disk.img"), at("qmp.sock"), at("nbd.sock"), at("scratch.qcow2")
+			qemuImg(ctx, t, "create", "-q", "-f", "raw", img, "16M")
+			_, serial := launchEither(ctx, t, vmm, "blk op=randwrite qd=4 count=1000; wait for=first; blk op=randwrite qd=4 count=100000000 seed=3", img, "", machine)
+			readUntil(serial, "for=first")
+			served(ctx, t, func(string) {}, machine, "--serve", "unix:"+socket, "--mark", "one")
+			serve := []string{"backup", machine, "--serve", "unix:" + socket, "--since", "one", "--scratch", scratch}
+			for range 2 {
+				p, out := launchProgram(t, gnomon, serve...)
+				readUntil(out, "as it was at")
+				if vmm == "gnomon" { // QEMU's monitor has one client
+					said, err := exec.CommandContext(ctx, gnomon, serve...).CombinedOutput()
+					if err == nil || !strings.Contains(string(said), "that still runs") {
+						t.Errorf("while another serves the disk: %v, %q", err, said)
+					}
+				}
+				if said := qemuImg(ctx, t, "info", "nbd+unix:///disk?socket="+socket); !strings.Contains(said, "16 MiB") {
+					t.Error(said)
+				}
+				if err := p.Process.Kill(); err != nil {
+					t.Fatal(err)
+				}
+				<-p.stopped
+			}
+			served(ctx, t, func(uri string) {
+				qemuImg(ctx, t, "convert", "-f", "raw", "-O", "raw", uri, at("fetched"))
+			}, serve[1:]...)
+			if fetched, err := os.ReadFile(at("fetched")); err != nil || len(fetched) != 16<<20 {
+				t.Errorf("%d bytes: %v", len(fetched), err)
+			}
+			if _, err := os.Stat(scratch); err == nil {
+				t.Error("the scratch image is still there")
+			}
+			said, err := exec.CommandContext(ctx, gnomon, "qmp", machine, "query-jobs").CombinedOutput()
+			if err != nil || strings.Contains(string(said), "pull") {
+				t.Errorf("%v: %s", err, said)
+			}
+		})
+	}
+}

@@ -89,6 +89,19 @@ func (f *pullFlags) run(cmd *cobra.Command, c *client.Client, d *attachedDisk) (
 	if err != nil {
 		return err
 	}
+	p := &pull{c: c}
+	// A command that is given up while it is under way takes the connection with it, by
+	// which all is to be taken back.
+	background := context.WithoutCancel(cmd.Context())
+	switch left, err := p.takeBackLeftover(background); {
+	case err != nil:
+		return err
+	case left:
+		fmt.Fprintln(cmd.ErrOrStderr(), "took back what a gnomon backup --serve that was killed had left on the machine")
+		if d, err = d.again(background, c); err != nil {
+			return err
+		}
+	}
 	for _, name := range []string{f.since, f.mark} {
 		switch has := d.bitmap(name) != nil; {
 		case name == pullBitmap:
@@ -99,13 +112,13 @@ func (f *pullFlags) run(cmd *cobra.Command, c *client.Client, d *attachedDisk) (
 			return fmt.Errorf("the machine does not know what changed since %s: fetch all of the disk, without --since", name)
 		}
 	}
-	p := &pull{c: c, node: d.Inserted.NodeName}
+	p.node = d.Inserted.NodeName
 	begin := time.Now()
 	defer func() {
 		// However it ends, the machine is left as it was.
-		err = errors.Join(err, p.end(context.WithoutCancel(cmd.Context())))
+		err = errors.Join(err, p.end(background))
 	}()
-	job, err := p.begin(cmd.Context(), f, d, addr)
+	job, err := p.begin(background, f, d, addr)
 	if err != nil {
 		return err
 	}
@@ -119,12 +132,12 @@ func (p *pull) begin(ctx context.Context, f *pullFlags, d *attachedDisk, addr ma
 	if err := p.addScratch(ctx, f.scratch, d.Inserted.Image.VirtualSize); err != nil {
 		return "", err
 	}
-	if d.bitmap(pullBitmap) != nil { // of a command that was killed
+	if d.bitmap(pullBitmap) != nil { // of an older command that was killed
 		if err := p.c.Execute(ctx, "block-dirty-bitmap-remove", map[string]any{"node": p.node, "name": pullBitmap}, nil); err != nil {
 			return "", err
 		}
 	}
-	job := fmt.Sprintf("pull-%d-%d", os.Getpid(), time.Now().UnixNano())
+	job := fmt.Sprintf(pullJob+"%d-%d", os.Getpid(), time.Now().UnixNano())
 	actions := []any{}
 	act := func(kind string, data map[string]any) {
 		actions = append(actions, map[string]any{"type": kind, "data": data})
@@ -158,7 +171,7 @@ func (p *pull) begin(ctx context.Context, f *pullFlags, d *attachedDisk, addr ma
 // the disk.
 func (p *pull) addScratch(ctx context.Context, path string, size int64) error {
 	if path == "" {
-		dir, err := os.MkdirTemp("", "gnomon-pull-")
+		dir, err := os.MkdirTemp("", pullFolder)
 		if err != nil {
 			return err
 		}
@@ -173,14 +186,15 @@ func (p *pull) addScratch(ctx context.Context, path string, size int64) error {
 		return err
 	}
 	p.undo = append(p.undo, func(context.Context) error { return os.Remove(path) })
-	del := p.back("blockdev-del", map[string]any{"node-name": pullNode})
-	err = p.do(ctx, "blockdev-add", map[string]any{
-		"driver": "qcow2", "node-name": pullNode, "file": map[string]any{"driver": "file", "filename": path}, "backing": p.node,
-	}, del)
-	if err != nil && strings.HasPrefix(err.Error(), "Duplicate nodes") {
-		err = fmt.Errorf("%w: a disk of this machine is served already; if the command that did so was killed, end its job, nbd-server-stop and blockdev-del %s", err, pullNode)
+	lock, err := hold(path)
+	if err != nil {
+		return err
 	}
-	return err
+	p.undo = append(p.undo, func(context.Context) error { return lock.Close() })
+	del := p.back("blockdev-del", map[string]any{"node-name": pullNode})
+	return p.do(ctx, "blockdev-add", map[string]any{
+		"driver": "qcow2", "node-name": pullNode, "file": map[string]any{"driver": "file", "node-name": pullFile, "filename": path}, "backing": p.node,
+	}, del)
 }
 
 // keep returns when ctx ends, or when the machine cannot keep the instant any more.
@@ -194,10 +208,8 @@ func (p *pull) keep(ctx context.Context, job string) error {
 		case <-p.c.Done():
 			return errors.New("the machine has ended")
 		case <-tick.C:
-			info, err := findJob(ctx, p.c, job)
+			info, err := findJob(context.WithoutCancel(ctx), p.c, job)
 			switch {
-			case ctx.Err() != nil:
-				return nil
 			case err != nil:
 				return err
 			case info.Status == "concluded":
