@@ -11,7 +11,7 @@ const (
 	// What the disk's user copies at once, and how much of the time of its own requests
 	// that may take, in percent. A request counts no longer than longRequest.
 	turnSize    = clusterSize
-	turnShare   = 40
+	turnShare   = 33
 	longRequest = 100 * time.Microsecond
 	// A turn that would take longer than maxTurn waits for more than the processor: the
 	// pass makes it, beside the user's requests.

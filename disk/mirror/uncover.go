@@ -6,9 +6,11 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
 
-// handOverSteps is how many steps the pass is ahead before what it copied is made
-// durable and handed over to the target.
-const handOverSteps = 32
+// handOverBytes is how much the pass copies, of a large disk, before that is made durable
+// and handed over to the target. Each time, writes of the disk's user wait for more of the
+// host's writeback than otherwise: fewer times are better, though until then they go to
+// both.
+const handOverBytes = 64 << 20
 
 // coverer is a source that lies on the target and can stop holding what the target
 // has too, which is read from there then.
@@ -31,7 +33,8 @@ type coverer interface {
 type handOver struct {
 	f    *Filter
 	from coverer
-	unit int64 // bytes that are handed over at once, of a cluster of the source's at least
+	unit int64 // bytes that are kept from being written meanwhile, a cluster of the source's at least
+	most int64 // bytes that the pass may be ahead
 
 	mu     sync.Mutex
 	change sync.Cond // on mu
@@ -50,6 +53,7 @@ func (f *Filter) startHandOver() *handOver {
 		return nil
 	}
 	h := &handOver{f: f, from: from, unit: max(f.o.Step, from.Info().ClusterSize), ended: make(chan struct{})}
+	h.most = max(h.unit, min(handOverBytes, f.Size()/8))
 	h.change.L = &h.mu
 	f.handsOver.Store(true)
 	go h.run()
@@ -92,7 +96,7 @@ func (h *handOver) run() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for h.err == nil {
-		for !h.last && h.upTo-h.done < handOverSteps*h.f.o.Step {
+		for !h.last && h.upTo-h.done < h.most {
 			h.change.Wait()
 		}
 		from, upTo := h.done, h.upTo
