@@ -196,7 +196,7 @@ func (m *Middle) relink() error {
 	err = qcow2.Rebase(context.Background(), above.Filename, qcow2.RebaseOptions{Backing: name, BackingFormat: info.Format, NameOnly: true})
 	var now block.Node
 	if err == nil {
-		now, err = disk.Open(above.Filename, disk.Options{Format: above.Format, ReadOnly: true})
+		now, err = disk.Open(above.Filename, disk.Options{Format: above.Format, ReadOnly: true, Like: m.above})
 	}
 	if err != nil { // the images on which it lay read as before, whichever its header names
 		return errors.Join(err, takeBack(m.upper, back))

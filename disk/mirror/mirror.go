@@ -70,9 +70,11 @@ type Filter struct {
 	over  *handOver // or nil; set before there are turns
 
 	// Of the pass: whether it rests at all times, the requests that it has seen, when
-	// there was a new one, and how long it is still to rest.
+	// there was a new one, what the host's page cache gave up, and how long it is still to
+	// rest.
 	alwaysRest bool
 	seen       int64
+	evictor    evictor
 	lastUse    time.Time
 	owed       time.Duration
 

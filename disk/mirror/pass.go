@@ -9,8 +9,7 @@ import (
 )
 
 const (
-	// What the pass copies at once, keeping writers from it. Each write to the host's
-	// page cache costs as much as copying some 100 KiB: fewer are faster.
+	// What the pass copies at once, keeping writers from it.
 	defaultStep = 256 << 10
 
 	// While the disk is in use the pass rests restShare times as long as it copies. It
@@ -137,9 +136,15 @@ func (f *Filter) copy(e extent, buf []byte) error {
 	if err := f.Node.Readv(bufs, e.start); err != nil {
 		return err
 	}
-	if f.o.TargetIsZero && block.IsZero(data) {
-		return nil
+	for at := e.start; len(data) > 0; {
+		bufs[0] = data[:min(writeSize, len(data))]
+		if !f.o.TargetIsZero || !block.IsZero(bufs[0]) {
+			if err := f.target.Writev(bufs, at); err != nil {
+				return err
+			}
+			f.copied.Add(int64(len(bufs[0])))
+		}
+		at, data = at+int64(len(bufs[0])), data[len(bufs[0]):]
 	}
-	f.copied.Add(e.length)
-	return f.target.Writev(bufs, e.start)
+	return nil
 }

@@ -29,7 +29,7 @@ func openToWrite(above *qcow2.Node) (base, error) {
 	if err != nil {
 		return nil, err
 	}
-	n, err := disk.Open(info.Filename, disk.Options{Format: info.Format})
+	n, err := disk.Open(info.Filename, disk.Options{Format: info.Format, Like: old})
 	if err != nil {
 		return nil, errors.Join(err, takeBack(above, back))
 	}

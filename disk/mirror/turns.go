@@ -86,6 +86,7 @@ func (f *Filter) advance(n int64) (took time.Duration, err error) {
 // pass makes the pass, or sees to it that it is made.
 func (f *Filter) pass(ctx context.Context) error {
 	t := &f.turns
+	f.evict(0)
 	for seen := int64(0); ; {
 		t.granted.Store(0)
 		if f.o.Pause != nil {
@@ -103,6 +104,7 @@ func (f *Filter) pass(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		f.evict(at)
 		if f.o.Progress != nil {
 			f.o.Progress(at, f.Size())
 		}

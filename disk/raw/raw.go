@@ -38,7 +38,10 @@ type Node struct {
 	closing  sync.Once
 }
 
-var _ block.Node = (*Node)(nil)
+var (
+	_ block.Node    = (*Node)(nil)
+	_ block.Evictor = (*Node)(nil)
+)
 
 // Open opens the image at path by way of the page cache and locks it as QEMU does,
 // so that neither QEMU nor another Gnomon machine writes to it meanwhile.
@@ -367,6 +370,13 @@ func (n *Node) Freeze() error {
 
 // Waits implements block.Waiter: past the page cache, requests wait for the device.
 func (n *Node) Waits() bool { return n.io != nil }
+
+// Evict implements block.Evictor.
+func (n *Node) Evict(off, length int64) {
+	if length > 0 && n.io == nil {
+		_ = unix.Fadvise(n.fd, off, length, unix.FADV_DONTNEED) // without which it is slower
+	}
+}
 
 // ReadOnly implements block.Node.
 func (n *Node) ReadOnly() bool { return n.readOnly }
