@@ -199,6 +199,8 @@ static void transfer(const struct work *w, const char *op)
 	u64 *begun = dma_alloc(qd * 8);
 	if (!begun)
 		return fail("blk", "dma");
+	u64 all = 0;
+	latency_begin();
 	for (u64 round = 0, rounds = number(w, "rounds", 1); round < rounds; round++) {
 		u64 submitted = 0, done = 0, failed = 0, bad = 0, longest = 0;
 		u64 kicks = round ? q.kicks : 0;
@@ -207,7 +209,6 @@ static void transfer(const struct work *w, const char *op)
 		wait_begin(&wait);
 		int ready = qd; /* ids 0..qd-1 are handed out first */
 		u32 len;
-		latency_begin();
 		for (;;) {
 			bool kick = false;
 			for (;;) {
@@ -269,7 +270,7 @@ static void transfer(const struct work *w, const char *op)
 		kv("khz", tsc_khz());
 		kv("kicks", q.kicks - kicks);
 		kv("longest", longest);
-		kv("p99", latency_percentile(99, done));
+		kv("p99", latency_percentile(99, all += done));
 		kv("failed", failed);
 		if (verify && !write)
 			kv("bad", bad);
