@@ -21,6 +21,7 @@ type testRing struct {
 	*Ring
 	t     *testing.T
 	event int
+	count [8]byte // of the eventfd
 }
 
 func newTestRing(t *testing.T) *testRing {
@@ -39,7 +40,7 @@ func newTestRing(t *testing.T) *testRing {
 		}
 		unix.Close(event)
 	})
-	return &testRing{r, t, event}
+	return &testRing{Ring: r, t: t, event: event}
 }
 
 // wait submits, and reaps until nothing is under way, as a worker does.
@@ -48,8 +49,7 @@ func (r *testRing) wait() {
 	r.Submit()
 	for r.Reap(); r.UnderWay() > 0; r.Reap() {
 		if !r.Arm() {
-			var count [8]byte
-			if _, err := unix.Read(r.event, count[:]); err != nil {
+			if _, err := unix.Read(r.event, r.count[:]); err != nil {
 				r.t.Fatal(err)
 			}
 		}

@@ -27,21 +27,23 @@ func TestCacheOfBase(t *testing.T) {
 				}
 				c.Disks = append(c.Disks, vmm.Disk{Node: n})
 			})
-			want := raw.OptionsOf(o.m.Disks()[0].Root.Current())
+			var want raw.Options
+			whileStill(o.m.Disks()[0].Root, func(n block.Node) { want = raw.OptionsOf(n) })
 			for i := 1; i < 5; i++ {
 				o.do(t, "blockdev-snapshot-sync", m{"device": "disk0", "snapshot-file": at(i)}, nil)
 			}
 			check := func(what string, length int) {
 				t.Helper()
-				chain := o.m.Disks()[0].Root.Current()
-				for i := range length {
-					if got := raw.OptionsOf(chain); got != want {
-						t.Errorf("%s, cache=%s, %s: image %d is open with %+v, want %+v", format, mode, what, i, got, want)
+				whileStill(o.m.Disks()[0].Root, func(chain block.Node) {
+					for i := range length {
+						if got := raw.OptionsOf(chain); got != want {
+							t.Errorf("%s, cache=%s, %s: image %d is open with %+v, want %+v", format, mode, what, i, got, want)
+						}
+						if b, ok := chain.(interface{ Backing() block.Node }); ok {
+							chain = b.Backing()
+						}
 					}
-					if b, ok := chain.(interface{ Backing() block.Node }); ok {
-						chain = b.Backing()
-					}
-				}
+				})
 			}
 			o.do(t, "block-commit", m{"device": "disk0", "top": at(2), "base": at(1)}, nil)
 			o.completed(t, "disk0")

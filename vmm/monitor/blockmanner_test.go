@@ -14,6 +14,7 @@ import (
 
 	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/disk/aio"
+	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/nbd"
 	"github.com/gnomon-vmm/gnomon/disk/raw"
 	"github.com/gnomon-vmm/gnomon/vmm"
@@ -369,12 +370,14 @@ func TestCacheIsInherited(t *testing.T) {
 	}
 	for i, mode := range cacheModes {
 		root := o.m.Disks()[i].Root
-		if direct := openDirect(t, root.Current().Info().Filename); direct != mode.Direct() {
-			t.Errorf("cache=%s: the overlay is open past the page cache: %v", mode, direct)
-		}
-		if engine := raw.OptionsOf(root.Current()).Engine; engine != aio.Threads {
-			t.Errorf("cache=%s: the overlay's requests are made by %q", mode, engine)
-		}
+		whileStill(root, func(n block.Node) {
+			if direct := openDirect(t, n.Info().Filename); direct != mode.Direct() {
+				t.Errorf("cache=%s: the overlay is open past the page cache: %v", mode, direct)
+			}
+			if engine := raw.OptionsOf(n).Engine; engine != aio.Threads {
+				t.Errorf("cache=%s: the overlay's requests are made by %q", mode, engine)
+			}
+		})
 		target := filepath.Join(t.TempDir(), "target")
 		id := fmt.Sprintf("disk%d", i)
 		o.do(t, "drive-mirror", m{"device": id, "target": target, "sync": "full", "format": "raw"}, nil)
@@ -391,3 +394,11 @@ func TestCacheIsInherited(t *testing.T) {
 }
 
 var cacheModes = []disk.Cache{disk.CacheWriteback, disk.CacheNone, disk.CacheDirectSync, disk.CacheWriteThrough, disk.CacheUnsafe}
+
+// whileStill looks at a disk's node while nobody else does anything with it.
+func whileStill(root *block.Root, look func(block.Node)) {
+	root.Drained(func(n block.Node) block.Node {
+		look(n)
+		return n
+	})
+}
