@@ -43,8 +43,9 @@ check: ## formatting, vet, staticcheck
 	go tool staticcheck $(GO_PACKAGES)
 
 # The longest first, so that none is left to run alone.
-unit: ## the tests of each package, with the race detector
+unit: ## the tests of each package, with the race detector where it can be
 	CGO_ENABLED=1 go test -race -count=1 -p 2 $(TESTFLAGS) ./vmm/snapshot ./mm/checkpoint $$(go list ./... | grep -v '/tests$$')
+	go test -count=1 -run Allocat $$(grep -rl --include='*_test.go' '^//go:build !race' . | xargs -n 1 dirname | sort -u) # which it would disturb
 
 # Guests whose kernels are interpreted are slower beside anything else.
 machines: build ## the tests of the command with whole guests, one by one
