@@ -18,12 +18,21 @@ type Ring struct {
 	unpushed bool // there may be requests that the kernel has not been told of
 }
 
-// started is a request under way.
+// started is a request under way, or a part of one.
 type started struct {
+	vector *vector // or nil
+	length int64   // bytes
+	whole  uint8   // the slot of the request's first part, where the following is
+
 	request *block.Request
-	vector  *vector // or nil
-	length  int64   // bytes
+	parts   int // that have not ended
+	err     error
 }
+
+// maxPart is the most that the kernel is asked for at once, of memory that lies side by
+// side. A device takes some hundred segments, and memory in pages of 4 KiB has one for each:
+// what is more, the kernel would have to split, which it does in a thread of its own only.
+const maxPart = 512 << 10
 
 var _ block.Ring = (*Ring)(nil)
 
@@ -51,32 +60,62 @@ func (r *Ring) Start(q *block.Request, fd int) bool {
 	if len(r.free) == 0 {
 		return false
 	}
-	s := started{request: q}
-	buffers, last := 0, 0
+	length, buffers, last := int64(0), 0, 0
 	for i, b := range q.Bufs {
 		if len(b) > 0 {
-			s.length += int64(len(b))
+			length += int64(len(b))
 			buffers, last = buffers+1, i
 		}
 	}
 	if buffers == 0 || buffers > maxVectors {
 		return false
 	}
+	r.unpushed = true
+	if buffers == 1 {
+		return r.startParts(q, fd, q.Bufs[last])
+	}
+	v := vectors.Get().(*vector)
+	v.fill(q.Bufs, 0)
+	op := opRead
+	if q.Write {
+		op = opWrite
+	}
+	index := r.take()
+	r.slots[index] = started{vector: v, length: length, whole: index, request: q, parts: 1}
+	r.push(uint64(index), op, fd, v, q.Off)
+	return true
+}
+
+// startParts is Start of a request for one buffer.
+func (r *Ring) startParts(q *block.Request, fd int, buf []byte) bool {
+	parts := (len(buf) + maxPart - 1) / maxPart
+	if parts > len(r.free) {
+		return false
+	}
+	whole := r.take()
+	r.slots[whole] = started{request: q, parts: parts}
+	for index, off := whole, q.Off; ; index = r.take() {
+		part := buf[:min(maxPart, len(buf))]
+		r.slots[index].length, r.slots[index].whole = int64(len(part)), whole
+		r.pushBuffer(uint64(index), q.Write, fd, part, off)
+		off, buf = off+int64(len(part)), buf[len(part):]
+		if len(buf) == 0 {
+			return true
+		}
+	}
+}
+
+// take takes a free slot, which there is.
+func (r *Ring) take() uint8 {
 	index := r.free[len(r.free)-1]
 	r.free = r.free[:len(r.free)-1]
-	if buffers == 1 {
-		r.pushBuffer(uint64(index), q.Write, fd, q.Bufs[last], q.Off)
-	} else {
-		s.vector = vectors.Get().(*vector)
-		s.vector.fill(q.Bufs, 0)
-		op := opRead
-		if q.Write {
-			op = opWrite
-		}
-		r.push(uint64(index), op, fd, s.vector, q.Off)
-	}
-	r.slots[index], r.unpushed = s, true
-	return true
+	return index
+}
+
+// give gives a slot back.
+func (r *Ring) give(index uint8) {
+	r.slots[index] = started{}
+	r.free = append(r.free, index)
 }
 
 // UnderWay is how many requests have not ended.
@@ -99,20 +138,31 @@ func (r *Ring) Reap() {
 		if !ok {
 			return
 		}
-		s := r.slots[index%ringEntries]
-		r.slots[index%ringEntries] = started{}
-		r.free = append(r.free, uint8(index))
-		if s.vector != nil {
-			s.vector.release()
-		}
-		var err error
-		switch {
-		case result == -int32(unix.EINTR), result == -int32(unix.EAGAIN), result >= 0 && int64(result) < s.length:
-			err = block.ErrAgain
-		case result < 0:
-			err = unix.Errno(-result)
-		}
-		s.request.End(err)
+		r.ended(uint8(index%ringEntries), result)
+	}
+}
+
+// ended ends a part, and the request whose last it is.
+func (r *Ring) ended(index uint8, result int32) {
+	s := r.slots[index]
+	whole := &r.slots[s.whole]
+	if s.vector != nil {
+		s.vector.release()
+	}
+	switch {
+	case result == -int32(unix.EINTR), result == -int32(unix.EAGAIN), result >= 0 && int64(result) < s.length:
+		whole.err = block.ErrAgain
+	case result < 0 && whole.err == nil:
+		whole.err = unix.Errno(-result)
+	}
+	whole.parts--
+	if index != s.whole {
+		r.give(index)
+	}
+	if whole.parts == 0 {
+		request, err := whole.request, whole.err
+		r.give(s.whole)
+		request.End(err)
 	}
 }
 

@@ -195,3 +195,42 @@ func TestRingDoesNotAllocate(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 }
+
+// A large buffer is given to the kernel in parts, which are one request that ends once,
+// with what is wrong with any of them.
+func TestRingParts(t *testing.T) {
+	const size = 2*maxPart + 4096
+	f, r := newFile(t, 4*maxPart, Options{Engine: IOUring, Direct: true}), newTestRing(t)
+	var e ends
+	do := func(q block.Request, want error) {
+		t.Helper()
+		q.Ring, e.errs = r, nil
+		q.Enter(&e, 0)
+		if !f.Start(&q) || r.UnderWay() != 3 {
+			t.Fatalf("%d parts are under way, want 3", r.UnderWay())
+		}
+		r.wait()
+		if len(e.errs) != 1 || e.errs[0] != want || len(r.free) != ringEntries {
+			t.Fatalf("ended with %v, want %v; %d slots are free", e.errs, want, len(r.free))
+		}
+	}
+	memory := alignedMemory(size)
+	do(block.Request{Off: 4096, Bufs: [][]byte{memory}}, nil)
+	if !bytes.Equal(memory, f.content[4096:][:size]) {
+		t.Error("other data was read")
+	}
+	rand.NewChaCha8([32]byte{9}).Read(memory)
+	do(block.Request{Write: true, Off: 8192, Bufs: [][]byte{memory}}, nil)
+	got := make([]byte, size)
+	if _, err := f.Readv([][]byte{got}, 8192); err != nil || !bytes.Equal(got, memory) {
+		t.Errorf("other data was written (%v)", err)
+	}
+	do(block.Request{Off: 4*maxPart - 4096, Bufs: [][]byte{memory}}, block.ErrAgain)
+
+	r.free = r.free[:2] // as if others were under way
+	q := block.Request{Bufs: [][]byte{memory}, Ring: r}
+	if f.Start(&q) || len(r.free) != 2 {
+		t.Error("a request started that there is no room for")
+	}
+	r.free = r.free[:ringEntries]
+}
