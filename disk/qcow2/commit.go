@@ -174,15 +174,8 @@ func commit(ctx context.Context, top *Node, images int, base block.Node, progres
 // empty has an image hold nothing itself. Interrupted, it holds some of what it did.
 func (n *Node) empty() error {
 	cluster := n.header.ClusterSize()
-	for first, end := int64(0), (n.Size()+cluster-1)/cluster; first < end; {
-		done, err := n.dropClusters(first, end-first)
-		if err == nil {
-			err = n.bound()
-		}
-		if err != nil {
-			return err
-		}
-		first += done
+	if err := n.dropAll(0, (n.Size()+cluster-1)/cluster); err != nil {
+		return err
 	}
 	if err := n.Flush(); err != nil {
 		return err

@@ -141,16 +141,8 @@ func (n *Node) shrink(old, size int64) error {
 		return err
 	}
 	cluster := n.header.ClusterSize()
-	first, end := (size+cluster-1)/cluster, (old+cluster-1)/cluster
-	for first < end {
-		done, err := n.dropClusters(first, end-first)
-		if err == nil {
-			err = n.bound()
-		}
-		if err != nil {
-			return err
-		}
-		first += done
+	if err := n.dropAll((size+cluster-1)/cluster, (old+cluster-1)/cluster); err != nil {
+		return err
 	}
 	if err := errors.Join(n.setSize(size), n.Flush()); err != nil {
 		return err
@@ -162,6 +154,22 @@ func (n *Node) shrink(old, size int64) error {
 		return err
 	}
 	return n.trim()
+}
+
+// dropAll frees the clusters from first up to end, with a bounded number of tables in
+// memory.
+func (n *Node) dropAll(first, end int64) error {
+	for first < end {
+		done, err := n.dropClusters(first, end-first)
+		if err == nil {
+			err = n.bound()
+		}
+		if err != nil {
+			return err
+		}
+		first += done
+	}
+	return nil
 }
 
 // dropClusters frees the first of count clusters, or more, which are not of the

@@ -177,7 +177,9 @@ func (lane *blkLane) Ended(r *block.Request, _ int64, err error) {
 		op, c = BlkWrite, &b.stats.write
 	}
 	*lastByte(lane.chain.Write) = b.done(c, op, lane.bytes, lane.began, err)
-	_ = lane.lanes.queue.Push(&lane.chain, writeLen(&lane.chain)) // which does not fail
+	if err := lane.lanes.queue.Push(&lane.chain, writeLen(&lane.chain)); err != nil {
+		(*b.host.Load()).Fail(err)
+	}
 	lane.lanes.put(lane)
 }
 
@@ -221,6 +223,6 @@ func (l *blkLanes) end() {
 	}
 	l.free = nil
 	if l.ring != nil {
-		_ = l.ring.Close()
+		_ = l.ring.Close() // nothing is under way that could be lost
 	}
 }
