@@ -202,5 +202,6 @@ func (m *Middle) relink() error {
 		return errors.Join(err, takeBack(m.upper, back))
 	}
 	m.upper.SetBacking(now)
-	return m.above.Close()
+	m.above.Close() // it and those below were only read
+	return nil
 }
