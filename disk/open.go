@@ -58,8 +58,8 @@ const (
 // Direct tells that the page cache is passed by.
 func (c Cache) Direct() bool { return c == CacheNone || c == CacheDirectSync }
 
-// raw are the options of the image's files.
-func (o *Options) raw() raw.Options {
+// Files are the options of the image's files.
+func (o *Options) Files() raw.Options {
 	if o.Like != nil {
 		return qcow2.OptionsOver(o.Like)
 	}
@@ -82,20 +82,20 @@ func Open(path string, o Options) (block.Node, error) {
 func open(path string, o Options) (block.Node, error) {
 	switch o.Format {
 	case FormatRaw:
-		return node(raw.OpenWith(path, o.ReadOnly, o.raw()))
+		return node(raw.OpenWith(path, o.ReadOnly, o.Files()))
 	case FormatQcow2:
-		return node(qcow2.OpenWith(path, o.ReadOnly, o.raw()))
+		return node(qcow2.OpenWith(path, o.ReadOnly, o.Files()))
 	case "":
 	default:
 		return nil, fmt.Errorf("%w: %q: raw and qcow2 are possible", ErrFormat, o.Format)
 	}
 	if strings.HasSuffix(path, ".qcow2") {
-		return node(qcow2.OpenWith(path, o.ReadOnly, o.raw()))
+		return node(qcow2.OpenWith(path, o.ReadOnly, o.Files()))
 	}
 	if looksLikeQcow2(path) {
 		return nil, fmt.Errorf("%w: %s starts with a qcow2 header: say format=qcow2, or format=raw if the guest wrote that itself", ErrFormat, path)
 	}
-	return node(raw.OpenWith(path, o.ReadOnly, o.raw()))
+	return node(raw.OpenWith(path, o.ReadOnly, o.Files()))
 }
 
 // node makes a failed open a nil Node, not an interface that holds a nil pointer.

@@ -39,6 +39,8 @@ type Options struct {
 	// that is to be written in another way, compressed for example. It gets whole
 	// granules but for the disk's end.
 	Write func(data []byte, off int64) error
+	// Rate is how many bytes a second are written at most; 0: no limit.
+	Rate int64
 	// Progress, where not nil, is told how many bytes of the disk are done.
 	Progress func(done, total int64)
 }
@@ -51,7 +53,7 @@ func Copy(ctx context.Context, dst, src block.Node, o Options) error {
 	if o.Write == nil {
 		o.Write = func(data []byte, off int64) error { return dst.Writev([][]byte{data}, off) }
 	}
-	c := &copier{dst: dst, src: src, o: o, piece: chunk}
+	c := &copier{dst: dst, src: src, o: o, piece: chunk, pace: block.NewPace(o.Rate)}
 	if cluster := dst.Info().ClusterSize; !o.Direct && cluster <= piece {
 		c.piece = piece
 	}
@@ -79,7 +81,8 @@ func Copy(ctx context.Context, dst, src block.Node, o Options) error {
 type copier struct {
 	dst, src block.Node
 	o        Options
-	piece    int64        // bytes that are read and written at once
+	piece    int64 // bytes that are read and written at once
+	pace     *block.Pace
 	next     atomic.Int64 // where the next chunk begins
 	done     atomic.Int64
 	progress sync.Mutex
@@ -96,7 +99,7 @@ func (c *copier) work(ctx context.Context) error {
 			return nil // its cause is known
 		}
 		n := min(chunk, c.src.Size()-off)
-		if err := c.chunk(buf, off, n); err != nil {
+		if err := c.chunk(ctx, buf, off, n); err != nil {
 			return fmt.Errorf("at %d: %w", off, err)
 		}
 		if c.o.Progress != nil {
@@ -108,7 +111,7 @@ func (c *copier) work(ctx context.Context) error {
 }
 
 // chunk copies length bytes from off on, by what the source knows of its zeroes.
-func (c *copier) chunk(buf []byte, off, length int64) error {
+func (c *copier) chunk(ctx context.Context, buf []byte, off, length int64) error {
 	for length > 0 {
 		n, zero := length, false
 		if m, ok := c.src.(block.Mapper); ok {
@@ -129,7 +132,7 @@ func (c *copier) chunk(buf []byte, off, length int64) error {
 			err = c.zero(off, n)
 		} else {
 			n = min(n, c.piece)
-			err = c.data(buf[:n], off)
+			err = c.data(ctx, buf[:n], off)
 		}
 		if err != nil {
 			return err
@@ -156,7 +159,7 @@ func dataRun(m block.Mapper, off, n, limit int64) (int64, error) {
 }
 
 // data copies what fits into buf, but for what is zero in it.
-func (c *copier) data(buf []byte, off int64) error {
+func (c *copier) data(ctx context.Context, buf []byte, off int64) error {
 	if err := c.src.Readv([][]byte{buf}, off); err != nil {
 		return err
 	}
@@ -175,8 +178,8 @@ func (c *copier) data(buf []byte, off int64) error {
 		var err error
 		if at := off + int64(start); isZero {
 			err = c.zero(at, int64(end-start))
-		} else {
-			err = c.o.Write(buf[start:end], at)
+		} else if err = c.o.Write(buf[start:end], at); err == nil && c.o.Rate > 0 {
+			err = c.pace.Wait(ctx, int64(end-start))
 		}
 		if err != nil {
 			return err

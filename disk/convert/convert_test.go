@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/convert"
@@ -141,6 +142,17 @@ func TestCopyFails(t *testing.T) {
 	cancel()
 	if err := convert.Copy(ctx, dst, src, convert.Options{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
+	}
+	// At so low a rate each worker writes one piece, and hears of the end.
+	ctx, cancel = context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	full, _ := rawFile(t, bytes.Repeat([]byte{1}, 4<<20))
+	if err := convert.Copy(ctx, dst, full, convert.Options{Rate: 1, Workers: 2}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v", err)
+	}
+	got := make([]byte, 4<<20)
+	if err := dst.Readv([][]byte{got}, 0); err != nil || bytes.Count(got, []byte{1}) > 512<<10 {
+		t.Errorf("%d bytes were written, %v", bytes.Count(got, []byte{1}), err)
 	}
 	small, _ := rawFile(t, make([]byte, 512))
 	if err := convert.Copy(context.Background(), small, src, convert.Options{}); !errors.Is(err, convert.ErrConvert) {

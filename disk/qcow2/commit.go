@@ -18,6 +18,10 @@ type CommitOptions struct {
 	// Empty has the image hold nothing itself afterwards, which its backing file must be
 	// the base for. Else it stays as it is.
 	Empty bool
+	// Files are how the images' files are read and written.
+	Files raw.Options
+	// Rate is how many bytes a second are written to the base at most; 0: no limit.
+	Rate int64
 	// Progress, where not nil, is told how many bytes of the disk are done.
 	Progress func(done, total int64)
 }
@@ -32,7 +36,7 @@ func Commit(ctx context.Context, path string, o CommitOptions) (invalid []string
 	}
 	top := above[0]
 	defer func() { err = errors.Join(err, base.Close(), top.Close()) }()
-	if err := commit(ctx, top, len(above), base, o.Progress); err != nil {
+	if err := commit(ctx, top, len(above), base, &o); err != nil {
 		return nil, fmt.Errorf("commit disk %s: %w", path, err)
 	}
 	if o.Empty {
@@ -55,7 +59,7 @@ func openCommit(path string, o CommitOptions) (above []*Node, base block.Node, e
 			return nil, nil, fmt.Errorf("commit disk %s: %w: %w", path, ErrBacking, err)
 		}
 	}
-	c := newChain()
+	c := newChainWith(o.Files)
 	defer func() {
 		if err != nil && len(above) > 0 {
 			above[0].Close()
@@ -85,7 +89,7 @@ func openCommit(path string, o CommitOptions) (above []*Node, base block.Node, e
 			if o.Empty && len(above) > 1 {
 				return above, nil, fmt.Errorf("commit disk %s: %w: it cannot be emptied, since it does not lie on %s itself", path, ErrBacking, o.Base)
 			}
-			base, err = openBase(next, h.BackingFormat)
+			base, err = openBase(next, h.BackingFormat, o.Files)
 			return above, base, err
 		}
 		if h.BackingFormat != "qcow2" {
@@ -118,15 +122,15 @@ func (c *chain) openOne(path string, writable bool) (*Node, error) {
 }
 
 // openBase opens an image to be written.
-func openBase(path, format string) (block.Node, error) {
+func openBase(path, format string, o raw.Options) (block.Node, error) {
 	if format == "qcow2" {
-		n, err := Open(path, false)
+		n, err := OpenWith(path, false, o)
 		if err != nil {
 			return nil, err
 		}
 		return n, nil
 	}
-	n, err := raw.Open(path, false)
+	n, err := raw.OpenWith(path, false, o)
 	if err != nil {
 		return nil, err
 	}
@@ -135,13 +139,13 @@ func openBase(path, format string) (block.Node, error) {
 
 // commit writes to base what the images above it hold. top is the newest of them, and
 // the last of them lies on none.
-func commit(ctx context.Context, top *Node, images int, base block.Node, progress func(done, total int64)) error {
+func commit(ctx context.Context, top *Node, images int, base block.Node, o *CommitOptions) error {
 	if base.Size() < top.Size() {
 		if err := base.(block.Resizer).Resize(top.Size()); err != nil {
 			return err
 		}
 	}
-	buf := make([]byte, top.copied())
+	buf, pace := make([]byte, top.copied()), block.NewPace(o.Rate)
 	for off, size := int64(0), top.Size(); off < size; {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -159,13 +163,16 @@ func commit(ctx context.Context, top *Node, images int, base block.Node, progres
 			if err = top.Readv([][]byte{part}, off); err == nil {
 				err = base.Writev([][]byte{part}, off)
 			}
+			if err == nil {
+				err = pace.Wait(ctx, e.Length)
+			}
 		}
 		if err != nil {
 			return fmt.Errorf("at %d: %w", off, err)
 		}
 		off += e.Length
-		if progress != nil {
-			progress(off, size)
+		if o.Progress != nil {
+			o.Progress(off, size)
 		}
 	}
 	return base.Flush()

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/gnomon-vmm/gnomon/disk/raw"
 )
@@ -164,7 +166,7 @@ func TestCommitAsQEMU(t *testing.T) {
 
 func sizeOf(t *testing.T, path, format string) int64 {
 	t.Helper()
-	n, err := openBase(path, format)
+	n, err := openBase(path, format, raw.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -224,5 +226,41 @@ func TestCommitRefused(t *testing.T) {
 	}
 	if _, err := Commit(context.Background(), at("2"), CommitOptions{Base: at("0")}); err == nil || !strings.Contains(err.Error(), "in use") {
 		t.Errorf("in use: %v", err)
+	}
+}
+
+// A commit keeps to its rate: it waits before more is written, and hears meanwhile that
+// it is to end.
+func TestCommitRate(t *testing.T) {
+	dir := t.TempDir()
+	base, top := filepath.Join(dir, "base"), filepath.Join(dir, "top")
+	size := int64(3 * maxRun)
+	if err := errors.Join(os.WriteFile(base, nil, 0o600), os.Truncate(base, size)); err != nil {
+		t.Fatal(err)
+	}
+	if err := Create(top, CreateOptions{Size: size, Backing: "base", BackingFormat: "raw"}); err != nil {
+		t.Fatal(err)
+	}
+	n, err := Open(top, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(n.Writev([][]byte{bytes.Repeat([]byte{1}, int(size))}, 0), n.Close()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := Commit(ctx, top, CommitOptions{Rate: 1, Empty: true}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(base)
+	if err != nil || bytes.Count(b, []byte{1}) > maxRun {
+		t.Errorf("%d bytes were written at once, %v", bytes.Count(b, []byte{1}), err)
+	}
+	if _, err := Commit(t.Context(), top, CommitOptions{Rate: 1 << 40, Empty: true, Files: raw.Options{WriteThrough: true}}); err != nil {
+		t.Fatal(err)
+	}
+	if b, err = os.ReadFile(base); err != nil || bytes.Count(b, []byte{1}) != len(b) {
+		t.Errorf("%d bytes of %d, %v", bytes.Count(b, []byte{1}), len(b), err)
 	}
 }

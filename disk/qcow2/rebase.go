@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/disk/raw"
 )
 
 // RebaseOptions say on what an image shall lie.
@@ -19,6 +20,8 @@ type RebaseOptions struct {
 	// NameOnly changes no more than the name: the new backing file holds the same
 	// bytes as the old. Neither is opened.
 	NameOnly bool
+	// Files are how the images' files are read and written.
+	Files raw.Options
 	// Progress, where not nil, is told how many bytes of the disk are done.
 	Progress func(done, total int64)
 }
@@ -36,7 +39,7 @@ func Rebase(ctx context.Context, path string, o RebaseOptions) (err error) {
 	var backing block.Node
 	if !o.NameOnly && o.Backing != "" {
 		// What the image shall lie on does not lie on the image.
-		other := newChain()
+		other := newChainWith(o.Files)
 		info, err := os.Stat(path)
 		if err == nil {
 			other.opened = append(other.opened, info)
@@ -47,7 +50,7 @@ func Rebase(ctx context.Context, path string, o RebaseOptions) (err error) {
 		}
 		defer backing.Close() // it is only read
 	}
-	c := newChain()
+	c := newChainWith(o.Files)
 	n, err := c.openWritable(path)
 	if err != nil {
 		return err

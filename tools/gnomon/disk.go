@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -44,10 +45,16 @@ func addFormatFlag(cmd *cobra.Command, long, short, usage string) *string {
 // openImage opens an image that is only read: a file, or an NBD server's by its
 // URI.
 func openImage(ctx context.Context, name, format string) (block.Node, error) {
+	return openSource(ctx, name, disk.Options{Format: format})
+}
+
+// openSource is openImage with options.
+func openSource(ctx context.Context, name string, o disk.Options) (block.Node, error) {
 	if strings.HasPrefix(name, "nbd://") || strings.HasPrefix(name, "nbd+") {
 		return nbd.DialURI(ctx, name, nbd.ClientOptions{ReadOnly: true})
 	}
-	return disk.Open(name, disk.Options{Format: format, ReadOnly: true})
+	o.ReadOnly = true
+	return disk.Open(name, o)
 }
 
 // formatOf is the format that a name says where no flag does.
@@ -87,10 +94,10 @@ func createImage(path, format string, o qcow2.CreateOptions) error {
 
 func newDiskCreateCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "create FILE [SIZE] [-f FORMAT] [-b BACKING -F FORMAT]",
+		Use:   "create FILE [SIZE] [-f FORMAT] [-b BACKING -F FORMAT [-u]]",
 		Short: "Make an empty image, or an overlay on another",
 		Long: `Make an empty image of SIZE, or, with -b, an overlay that reads as another image and keeps what is written to it; then
-SIZE may be left out. FILE must not exist.`,
+SIZE may be left out. FILE must not exist. With -u the other image need not be there yet.`,
 		Example: `  gnomon disk create root.qcow2 10G
   gnomon disk create vm1.qcow2 -b root.qcow2 -F qcow2`,
 		Args: usageArgs(cobra.RangeArgs(1, 2)),
@@ -98,18 +105,22 @@ SIZE may be left out. FILE must not exist.`,
 	format := addFormatFlag(cmd, "format", "f", "`format`: raw|qcow2 (default: what the name says)")
 	backing := cmd.Flags().StringP("backing", "b", "", "`image` that the new one lies on, as the new one shall name it")
 	backingFormat := addFormatFlag(cmd, "backing-format", "F", "`format` of the backing image: raw|qcow2")
-	cluster := cmd.Flags().String("cluster-size", "64K", "`bytes` of a qcow2 cluster, 512 to 2M")
+	unsafe := cmd.Flags().BoolP("unsafe", "u", false, "do not look at the backing image; SIZE must be given")
+	cluster := addClusterSize(cmd)
+	addQuiet(cmd) // qemu-img's; there is nothing to say
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		var o qcow2.CreateOptions
-		size, err := parseSize(*cluster, 1)
-		if err != nil {
-			return usageError(fmt.Errorf("--cluster-size: %w", err))
+		var err error
+		if o.ClusterSize, err = cluster(); err != nil {
+			return err
 		}
-		o.ClusterSize = int64(size)
 		if *backing != "" {
 			if *backingFormat == "" {
 				return usageError(errors.New("-b without -F: say which format the backing image has"))
 			}
+			o.Backing, o.BackingFormat = *backing, *backingFormat
+		}
+		if *backing != "" && !*unsafe {
 			path := *backing
 			if !filepath.IsAbs(path) {
 				path = filepath.Join(filepath.Dir(args[0]), path)
@@ -118,7 +129,7 @@ SIZE may be left out. FILE must not exist.`,
 			if err != nil {
 				return err
 			}
-			o.Backing, o.BackingFormat, o.Size = *backing, *backingFormat, n.Size()
+			o.Size = n.Size()
 			n.Close()
 		}
 		switch {
@@ -128,12 +139,24 @@ SIZE may be left out. FILE must not exist.`,
 				return usageError(err)
 			}
 			o.Size = int64(size)
-		case *backing == "":
+		case *backing == "" || *unsafe:
 			return usageError(errors.New("no SIZE: how large shall the image be?"))
 		}
 		return createImage(args[0], *format, o)
 	}
 	return cmd
+}
+
+// addClusterSize adds a flag for the size of clusters, in bytes.
+func addClusterSize(cmd *cobra.Command) func() (int64, error) {
+	text := cmd.Flags().String("cluster-size", "64K", "`bytes` of a qcow2 cluster, 512 to 2M")
+	return func() (int64, error) {
+		size, err := parseSize(*text, 1)
+		if err != nil {
+			return 0, usageError(fmt.Errorf("--cluster-size: %w", err))
+		}
+		return int64(size), nil
+	}
 }
 
 // imageInfo is what qemu-img info prints of an image.
@@ -233,15 +256,27 @@ func (m *mapEntry) follows(e mapEntry) bool {
 
 func newDiskMapCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "map FILE [-f FORMAT]",
+		Use:   "map FILE [-f FORMAT] [-s OFFSET] [-l LENGTH]",
 		Short: "Tell which image of a chain holds which bytes, and where",
 		Args:  usageArgs(cobra.ExactArgs(1)),
 	}
 	format := addFormatFlag(cmd, "format", "f", "`format`: raw|qcow2 (default: what the name says)")
+	start := cmd.Flags().StringP("start-offset", "s", "0", "`offset` of the first byte that is told of")
+	length := cmd.Flags().StringP("max-length", "l", "", "`bytes` that are told of (default: to the disk's end)")
 	output := addOutputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkOutput(*output); err != nil {
 			return err
+		}
+		first, err := parseSize(*start, 1)
+		if err != nil {
+			return usageError(fmt.Errorf("--start-offset: %w", err))
+		}
+		most := uint64(math.MaxInt64)
+		if *length != "" {
+			if most, err = parseSize(*length, 1); err != nil {
+				return usageError(fmt.Errorf("--max-length: %w", err))
+			}
 		}
 		n, err := openImage(cmd.Context(), args[0], *format)
 		if err != nil {
@@ -253,8 +288,9 @@ func newDiskMapCommand() *cobra.Command {
 			return fmt.Errorf("%s: an image of format %s cannot be mapped", args[0], n.Info().Format)
 		}
 		entries := []mapEntry{}
-		for off := int64(0); off < n.Size(); {
-			e, err := m.Map(off, n.Size()-off)
+		off := min(int64(first), n.Size())
+		for end := off + min(int64(most), n.Size()-off); off < end; {
+			e, err := m.Map(off, end-off)
 			if err != nil {
 				return err
 			}
@@ -286,10 +322,10 @@ func newDiskMapCommand() *cobra.Command {
 
 func newDiskConvertCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "convert SOURCE TARGET [-f FORMAT] [-O FORMAT] [-c] [-t CACHE]",
+		Use:   "convert SOURCE TARGET [-f FORMAT] [-O FORMAT] [-c] [-n] [-t CACHE] [-T CACHE] [-r RATE] [-m N] [-p] [-q]",
 		Short: "Copy what an image and its backing files read as into a new image",
 		Long: `Copy what an image and its backing files read as into a new image, which must not exist and is removed again if this
-fails. What reads as zero takes no space. The image outlives the host when this has ended; with --cache unsafe, which is
+fails; with -n into one that is there and is as large. What reads as zero takes no space. The image outlives the host when this has ended; with --cache unsafe, which is
 what qemu-img does unless told otherwise, that is left to the host and takes less time.`,
 		Example: `  gnomon disk convert disk.img disk.qcow2
   gnomon disk convert overlay.qcow2 whole.img`,
@@ -298,39 +334,66 @@ what qemu-img does unless told otherwise, that is left to the host and takes les
 	format := addFormatFlag(cmd, "format", "f", "`format` of the source: raw|qcow2 (default: what the name says)")
 	target := addFormatFlag(cmd, "target-format", "O", "`format` of the target: raw|qcow2 (default: what the name says)")
 	compressed := cmd.Flags().BoolP("compressed", "c", false, "compress what can be made smaller; qcow2 only")
+	cluster := addClusterSize(cmd)
 	cache := addCacheFlag(cmd, "cache", "t", "`cache` mode of the target")
+	sourceCache := addCacheFlag(cmd, "source-cache", "T", "`cache` mode of the source")
+	there := cmd.Flags().BoolP("no-create", "n", false, "the target is there; what it holds is replaced")
+	isZero := cmd.Flags().Bool("target-is-zero", false, "the target reads as zero, with -n")
+	rate := addRate(cmd)
+	workers := cmd.Flags().IntP("workers", "m", 0, "how many pieces are copied side by side, 1 to 16 (default: as many as processors, up to 8)")
+	cmd.Flags().BoolP("out-of-order", "W", false, "the target need not be written in order: as it always is here; qemu-img's")
+	manner := addManner(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
 		targetFormat := formatOf(*target, args[1])
 		options, err := diskOptions(disk.Options{Format: targetFormat}, *cache, "")
 		if err != nil {
 			return err
 		}
-		if *compressed && targetFormat == disk.FormatRaw {
-			return usageError(errors.New("--compressed: raw images cannot be compressed: use -O qcow2"))
+		sourceOptions, err := diskOptions(disk.Options{Format: *format}, *sourceCache, "")
+		if err != nil {
+			return err
 		}
-		src, err := openImage(cmd.Context(), args[0], *format)
+		o := convert.Options{TargetIsZero: !*there || *isZero, Direct: options.Cache.Direct(), Workers: *workers}
+		if o.Rate, err = rate(); err != nil {
+			return err
+		}
+		clusterSize, err := cluster()
+		switch {
+		case err != nil:
+			return err
+		case *compressed && targetFormat == disk.FormatRaw:
+			return usageError(errors.New("--compressed: raw images cannot be compressed: use -O qcow2"))
+		case cmd.Flags().Changed("workers") && (*workers < 1 || *workers > 16):
+			return usageError(fmt.Errorf("--workers %d: 1 to 16 are possible", *workers))
+		case *isZero && !*there:
+			return usageError(errors.New("--target-is-zero without -n: a new image reads as zero"))
+		case *there && cmd.Flags().Changed("cluster-size"):
+			return usageError(errors.New("--cluster-size with -n: the target has its own"))
+		}
+		src, err := openSource(cmd.Context(), args[0], sourceOptions)
 		if err != nil {
 			return err
 		}
 		defer src.Close()
-		if err := createImage(args[1], *target, qcow2.CreateOptions{Size: src.Size()}); err != nil {
-			return err
-		}
-		defer func() {
-			if err != nil {
-				os.Remove(args[1])
+		if !*there {
+			if err := createImage(args[1], *target, qcow2.CreateOptions{Size: src.Size(), ClusterSize: clusterSize}); err != nil {
+				return err
 			}
-		}()
+			defer func() {
+				if err != nil {
+					os.Remove(args[1])
+				}
+			}()
+		}
 		dst, err := disk.Open(args[1], options)
 		if err != nil {
 			return err
 		}
-		o := convert.Options{TargetIsZero: true, Direct: options.Cache.Direct()}
 		if *compressed {
 			image := dst.(*qcow2.Node)
 			o.Write = image.WriteCompressed
 		}
-		bar := newProgress("converting")
+		bar := manner.bar(cmd, "converting")
 		o.Progress = bar.Set
 		err = convert.Copy(cmd.Context(), dst, src, o)
 		bar.Finish()
@@ -344,7 +407,7 @@ const statusDiffer = 1
 
 func newDiskCompareCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "compare A B [-f FORMAT] [-F FORMAT] [-s]",
+		Use:   "compare A B [-f FORMAT] [-F FORMAT] [-s] [-T CACHE] [-p] [-q]",
 		Short: "Tell whether two images read the same",
 		Long: `Tell whether two images read the same: status 0 if they do, 1 if they do not, 2 if one cannot be read. What one has
 behind the other's end counts as the same if it is zero, unless -s.`,
@@ -353,6 +416,8 @@ behind the other's end counts as the same if it is zero, unless -s.`,
 	first := addFormatFlag(cmd, "format", "f", "`format` of the first: raw|qcow2 (default: what the name says)")
 	second := addFormatFlag(cmd, "second-format", "F", "`format` of the second: raw|qcow2 (default: what the name says)")
 	strict := cmd.Flags().BoolP("strict", "s", false, "images of different sizes are different")
+	cache := addCacheFlag(cmd, "source-cache", "T", "`cache` mode of both")
+	manner := addManner(cmd)
 	output := addOutputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkOutput(*output); err != nil {
@@ -360,13 +425,16 @@ behind the other's end counts as the same if it is zero, unless -s.`,
 		}
 		var nodes [2]block.Node
 		for i, format := range []string{*first, *second} {
-			var err error
-			if nodes[i], err = openImage(cmd.Context(), args[i], format); err != nil {
+			options, err := diskOptions(disk.Options{Format: format}, *cache, "")
+			if err != nil {
+				return err
+			}
+			if nodes[i], err = openSource(cmd.Context(), args[i], options); err != nil {
 				return &exitStatus{statusUsage, err}
 			}
 			defer nodes[i].Close()
 		}
-		bar := newProgress("comparing")
+		bar := manner.bar(cmd, "comparing")
 		d, err := convert.Compare(cmd.Context(), nodes[0], nodes[1], *strict, bar.Set)
 		bar.Finish()
 		if err != nil {
@@ -383,11 +451,11 @@ behind the other's end counts as the same if it is zero, unless -s.`,
 		} else {
 			switch {
 			case d == nil:
-				fmt.Fprintln(cmd.OutOrStdout(), "Images are identical.")
+				manner.say(cmd, "Images are identical.")
 			case d.Size:
-				fmt.Fprintf(cmd.OutOrStdout(), "Images differ: one goes on at offset %d, where the other ends\n", d.Offset)
+				fmt.Fprintf(manner.out(cmd), "Images differ: one goes on at offset %d, where the other ends\n", d.Offset)
 			default:
-				fmt.Fprintf(cmd.OutOrStdout(), "Content mismatch at offset %d!\n", d.Offset)
+				fmt.Fprintf(manner.out(cmd), "Content mismatch at offset %d!\n", d.Offset)
 			}
 		}
 		if d != nil {

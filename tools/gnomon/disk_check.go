@@ -1,9 +1,9 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/spf13/cobra"
 
@@ -20,7 +20,7 @@ const (
 
 func newDiskCheckCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "check FILE [-f FORMAT] [-r leaks|all]",
+		Use:   "check FILE [-f FORMAT] [-r leaks|all] [-q]",
 		Short: "Find out whether an image is whole, and repair it",
 		Long: `Find out whether an image is whole: whether its clusters are counted as often as they are used, and its tables lead to
 places that exist. The status is qemu-img's: 0, it is; 1, it cannot be checked; 2, it is damaged; 3, space is lost, and no
@@ -30,6 +30,7 @@ nowhere reads as zero then. No machine uses it meanwhile.`,
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagError(err) })
 	format := addFormatFlag(cmd, "format", "f", "`format`: raw|qcow2 (default: what the name says)")
+	manner := addQuiet(cmd)
 	repair := cmd.Flags().StringP("repair", "r", "", "`what` is repaired: leaks|all")
 	completeFlag(cmd, "repair", "leaks", "all")
 	output := addOutputFlag(cmd)
@@ -54,7 +55,7 @@ nowhere reads as zero then. No machine uses it meanwhile.`,
 		default:
 			return fmt.Errorf("format %q: raw and qcow2 are possible", *format)
 		}
-		r, err := checkImage(cmd.Context(), args[0], o)
+		r, err := checkImage(cmd, args[0], manner, o)
 		if err != nil {
 			return err
 		}
@@ -71,7 +72,7 @@ nowhere reads as zero then. No machine uses it meanwhile.`,
 		if *output == "json" {
 			err = printJSON(cmd.OutOrStdout(), r)
 		} else {
-			err = printCheck(cmd, r)
+			err = printCheck(manner.out(cmd), r)
 		}
 		switch {
 		case err != nil:
@@ -89,15 +90,15 @@ nowhere reads as zero then. No machine uses it meanwhile.`,
 }
 
 // checkImage checks an image; what was repaired it checks again, as qemu-img does.
-func checkImage(ctx context.Context, path string, o qcow2.CheckOptions) (*qcow2.Report, error) {
-	bar := newProgress("checking")
+func checkImage(cmd *cobra.Command, path string, m *manner, o qcow2.CheckOptions) (*qcow2.Report, error) {
+	bar := m.bar(cmd, "checking")
 	defer bar.Finish()
 	o.Progress = bar.Set
-	r, err := qcow2.Check(ctx, path, o)
+	r, err := qcow2.Check(cmd.Context(), path, o)
 	if err != nil || r.CorruptionsFixed+r.LeaksFixed == 0 {
 		return r, err
 	}
-	again, err := qcow2.Check(ctx, path, qcow2.CheckOptions{Progress: bar.Set})
+	again, err := qcow2.Check(cmd.Context(), path, qcow2.CheckOptions{Progress: bar.Set})
 	if err != nil {
 		return nil, errors.Join(errors.New("after it was repaired"), err)
 	}
@@ -106,8 +107,7 @@ func checkImage(ctx context.Context, path string, o qcow2.CheckOptions) (*qcow2.
 	return again, nil
 }
 
-func printCheck(cmd *cobra.Command, r *qcow2.Report) error {
-	w := cmd.OutOrStdout()
+func printCheck(w io.Writer, r *qcow2.Report) error {
 	if r.CorruptionsFixed+r.LeaksFixed > 0 {
 		fmt.Fprintf(w, "The following inconsistencies were found and repaired:\n\n    %d leaked clusters\n    %d corruptions\n\n", r.LeaksFixed, r.CorruptionsFixed)
 	}

@@ -489,3 +489,113 @@ func TestDiskSync(t *testing.T) {
 	}
 	same()
 }
+
+// Scripts that use qemu-img's options for how a command works and what it says can use
+// gnomon disk.
+func TestDiskManner(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	content := make([]byte, 3<<20)
+	rand.NewChaCha8([32]byte{7}).Read(content[1<<20:])
+	if err := os.WriteFile(at("disk.img"), content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	same := func(name string) {
+		t.Helper()
+		if out, status := byQEMU(t, "compare", "-f", "raw", at("disk.img"), at(name)); status != 0 {
+			t.Errorf("%s: %s", name, out)
+		}
+	}
+	works(t, "create", "-q", "-u", "-b", "later.img", "-F", "raw", at("top.qcow2"), "3M")
+	works(t, "create", "--cluster-size", "4K", at("old.qcow2"), "3M")
+	if out, err := exec.Command("qemu-io", "-c", "write -P 9 0 2M", at("old.qcow2")).CombinedOutput(); err != nil {
+		t.Fatalf("qemu-io: %v\n%s", err, out)
+	}
+	for _, tt := range []struct {
+		args string
+		says string // of the progress
+	}{
+		{"convert -q -p -m 3 -W -t none -T none disk.img later.img", ""},
+		{"convert -p --cluster-size 512 -r 1G disk.img fine.qcow2", "converting"},
+		{"convert -n disk.img old.qcow2", ""},
+		{"resize -q fine.qcow2 3M", ""},
+		{"check -q fine.qcow2", ""},
+		{"commit -q -t writethrough top.qcow2", ""},
+		{"commit -q -p -t none -r 1G top.qcow2", ""},
+		{"compare -q -T none disk.img fine.qcow2", ""},
+		{"compare -q -p disk.img later.img", ""},
+		{"rebase -q -t none -b old.qcow2 -F qcow2 top.qcow2", ""},
+		{"rebase -p -b fine.qcow2 -F qcow2 top.qcow2", "rebasing"},
+	} {
+		args := strings.Fields(tt.args)
+		for i, a := range args {
+			if strings.Contains(a, ".") && args[i-1] != "-b" {
+				args[i] = at(a)
+			}
+		}
+		out, says, status := gnomonDisk(t, args...)
+		if status != 0 || out != "" || !strings.Contains(says, tt.says) || tt.says == "" && says != "" {
+			t.Errorf("%s: status %d, %q, %q", tt.args, status, out, says)
+		}
+	}
+	for _, name := range []string{"later.img", "fine.qcow2", "old.qcow2", "top.qcow2"} {
+		same(name)
+	}
+	if out := works(t, "info", at("fine.qcow2")); !strings.Contains(out, "cluster_size: 512\n") {
+		t.Error(out)
+	}
+	if _, says, status := gnomonDisk(t, "compare", "-q", at("disk.img"), at("top.qcow2")); status != 0 || says != "" {
+		t.Errorf("status %d: %s", status, says)
+	}
+
+	// A part of a map.
+	for _, part := range [][2]string{{"0", "3M"}, {"1M", "1M"}, {"1048577", "70000"}, {"2M", "9M"}} {
+		out := works(t, "map", "--output", "json", "-s", part[0], "-l", part[1], at("fine.qcow2"))
+		want, _ := byQEMU(t, "map", "--output=json", "-s", part[0], "-l", part[1], at("fine.qcow2"))
+		var ours, theirs []map[string]any
+		err := errors.Join(json.Unmarshal([]byte(out), &ours), json.Unmarshal([]byte(want), &theirs))
+		for _, e := range ours {
+			delete(e, "compressed") // QEMU 7.2 does not tell
+		}
+		if err != nil || !reflect.DeepEqual(ours, theirs) {
+			t.Errorf("map from %s, %s: %v: %s, qemu-img says %s", part[0], part[1], err, out, want)
+		}
+	}
+
+	if out := works(t, "map", "--output", "json", "-s", "4M", at("fine.qcow2")); out != "[]\n" {
+		t.Errorf("map behind the end: %q", out)
+	}
+
+	for _, tt := range []struct{ args, says string }{
+		{"convert -n --cluster-size 4K disk.img old.qcow2", "has its own"},
+		{"convert --target-is-zero disk.img new.qcow2", "without -n"},
+		{"convert -m 17 disk.img new.qcow2", "1 to 16"},
+		{"convert -T often disk.img new.qcow2", "writethrough"},
+		{"convert -r none disk.img new.qcow2", "bytes a second"},
+		{"commit -r 0 top.qcow2", "bytes a second"},
+		{"commit -t often top.qcow2", "writethrough"},
+		{"rebase -t often -b fine.qcow2 -F qcow2 top.qcow2", "writethrough"},
+		{"create -u -b later.img -F raw new.qcow2", "no SIZE"},
+		{"map -s x fine.qcow2", "--start-offset"},
+		{"map -l x fine.qcow2", "--max-length"},
+	} {
+		args := strings.Fields(tt.args)
+		for i, a := range args {
+			if strings.Contains(a, ".") {
+				args[i] = at(a)
+			}
+		}
+		if _, says, status := gnomonDisk(t, args...); status != statusUsage || !strings.Contains(says, tt.says) {
+			t.Errorf("%s: status %d: %s", tt.args, status, says)
+		}
+	}
+	// What was there is not removed when it cannot be converted into.
+	if _, says, status := gnomonDisk(t, "convert", "-n", at("disk.img"), at("small.qcow2")); status != statusError || !strings.Contains(says, "does not exist") {
+		t.Errorf("status %d: %s", status, says)
+	}
+	works(t, "create", at("small.qcow2"), "1M")
+	if _, says, status := gnomonDisk(t, "convert", "-n", at("disk.img"), at("small.qcow2")); status != statusError || !strings.Contains(says, "bytes") {
+		t.Errorf("status %d: %s", status, says)
+	}
+	works(t, "check", at("small.qcow2"))
+}

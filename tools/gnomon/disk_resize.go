@@ -16,7 +16,7 @@ import (
 
 func newDiskResizeCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "resize FILE [+|-]SIZE [--shrink] [--preallocation off|falloc|full]",
+		Use:   "resize FILE [+|-]SIZE [--shrink] [--preallocation off|falloc|full] [-q]",
 		Short: "Make an image larger or smaller",
 		Long: `Make an image larger or smaller: of SIZE, or by it with a sign. What is added reads as zero; what is cut off is lost, which
 --shrink permits. No machine uses the image meanwhile; block_resize over QMP is for those. Write -- before a size that
@@ -27,6 +27,7 @@ begins with -.`,
 	}
 	format := addFormatFlag(cmd, "format", "f", "`format`: raw|qcow2 (default: what the name says)")
 	shrink := cmd.Flags().Bool("shrink", false, "the image may become smaller")
+	manner := addQuiet(cmd)
 	preallocation := cmd.Flags().String("preallocation", "off", "`space` for what is added: off, falloc (raw images), or full, which writes zeroes")
 	completeFlag(cmd, "preallocation", "off", "falloc", "full")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -39,17 +40,17 @@ begins with -.`,
 		if err != nil {
 			return err
 		}
-		err = resize(cmd.Context(), n, args[1], *shrink, *preallocation)
+		err = resize(cmd, n, manner, args[1], *shrink, *preallocation)
 		if err = errors.Join(err, n.Close()); err != nil {
 			return err
 		}
-		fmt.Fprintln(cmd.OutOrStdout(), "Image resized.")
+		manner.say(cmd, "Image resized.")
 		return nil
 	}
 	return cmd
 }
 
-func resize(ctx context.Context, n block.Node, text string, shrink bool, preallocation string) error {
+func resize(cmd *cobra.Command, n block.Node, m *manner, text string, shrink bool, preallocation string) error {
 	old := n.Size()
 	size, err := newSize(old, text)
 	switch {
@@ -69,7 +70,7 @@ func resize(ctx context.Context, n block.Node, text string, shrink bool, preallo
 	case "falloc":
 		return file.Allocate(old, size-old)
 	case "full":
-		return writeZeroes(ctx, n, old, size)
+		return writeZeroes(cmd.Context(), n, m.bar(cmd, "allocating"), old, size)
 	}
 	return nil
 }
@@ -97,8 +98,7 @@ func newSize(old int64, text string) (int64, error) {
 }
 
 // writeZeroes has all from off to end take space.
-func writeZeroes(ctx context.Context, n block.Node, off, end int64) error {
-	bar := newProgress("allocating")
+func writeZeroes(ctx context.Context, n block.Node, bar *progress, off, end int64) error {
 	defer bar.Finish()
 	zeroes := make([]byte, min(1<<20, end-off))
 	for begin := off; off < end; {
@@ -117,7 +117,7 @@ func writeZeroes(ctx context.Context, n block.Node, off, end int64) error {
 
 func newDiskRebaseCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "rebase FILE -b BACKING [-F FORMAT] [-u]",
+		Use:   "rebase FILE -b BACKING [-F FORMAT] [-u] [-t CACHE] [-p] [-q]",
 		Short: "Have an overlay lie on another image, or on none",
 		Long: `Have an overlay lie on another image, or, with -b "", on none. It reads as before: what the new image holds otherwise than
 the old one is copied into the overlay. With -u only the name changes, for an image that was moved or renamed. No machine
@@ -130,8 +130,13 @@ uses the overlay meanwhile.`,
 	backing := cmd.Flags().StringP("backing", "b", "", "`image` that it shall lie on, as it shall name it; empty: none")
 	backingFormat := addFormatFlag(cmd, "backing-format", "F", "`format` of the backing image: raw|qcow2")
 	unsafe := cmd.Flags().BoolP("unsafe", "u", false, "change the name alone: the image of that name holds the same")
+	cache := addCacheFlag(cmd, "cache", "t", "`cache` mode of the images")
+	manner := addManner(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		options, err := diskOptions(disk.Options{}, *cache, "")
 		switch {
+		case err != nil:
+			return err
 		case !cmd.Flags().Changed("backing"):
 			return usageError(errors.New(`no -b: name the image that it shall lie on, or none by -b ""`))
 		case *backing != "" && *backingFormat == "":
@@ -139,9 +144,11 @@ uses the overlay meanwhile.`,
 		case formatOf(*format, args[0]) != disk.FormatQcow2:
 			return usageError(fmt.Errorf("%s: only a qcow2 image lies on another; say -f qcow2 if it is one", args[0]))
 		}
-		bar := newProgress("rebasing")
+		bar := manner.bar(cmd, "rebasing")
 		defer bar.Finish()
-		return qcow2.Rebase(cmd.Context(), args[0], qcow2.RebaseOptions{Backing: *backing, BackingFormat: *backingFormat, NameOnly: *unsafe, Progress: bar.Set})
+		return qcow2.Rebase(cmd.Context(), args[0], qcow2.RebaseOptions{
+			Backing: *backing, BackingFormat: *backingFormat, NameOnly: *unsafe, Files: options.Files(), Progress: bar.Set,
+		})
 	}
 	return cmd
 }
