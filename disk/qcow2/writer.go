@@ -26,9 +26,10 @@ import (
 const (
 	l2CacheBytes    = 8 << 20 // the L2 tables of 64 GiB at 64 KiB a cluster
 	countCacheBytes = 1 << 20
-	maxFreed        = 4096    // runs of clusters that wait for a flush
-	maxRun          = 2 << 20 // bytes that are allocated at once
-	roomStep        = 64      // clusters by which the file becomes longer before they are written
+	maxFreed        = 4096     // runs of clusters that wait for a flush
+	maxRun          = 2 << 20  // bytes that are allocated at once
+	roomStep        = 64       // clusters by which the file becomes longer before they are written
+	directRoom      = 64 << 20 // bytes by which it does, past the page cache
 )
 
 // writer is what an image that can be written has beside.
@@ -134,17 +135,18 @@ func (w *writer) extend(n int64) int64 {
 	return at
 }
 
-// makeRoom has the file reach to its end although its last cluster is not written
-// as a whole, and tells whether that could be done. Preconditions: mu is held.
-func (w *writer) makeRoom(clusterSize int64) bool {
+// makeRoom has the file reach to its end before its last clusters are written, or a part
+// of them alone, and tells whether that could be done. When it has to become longer it
+// becomes so by step bytes more. Preconditions: mu is held.
+func (w *writer) makeRoom(step int64) bool {
 	if w.room >= w.end {
 		return true
 	}
 	// Nothing is written behind end: this never makes the file shorter.
-	if w.file.Resize(w.end+roomStep*clusterSize) != nil {
+	if w.file.Resize(w.end+step) != nil {
 		return false
 	}
-	w.room = w.end + roomStep*clusterSize
+	w.room = w.end + step
 	return true
 }
 
@@ -489,9 +491,14 @@ func (n *Node) writeSome(c *cursor, off, length int64) (int64, error) {
 		return 0, err
 	}
 	fresh := e.kind != zero || !e.own
+	if host >= end && n.Waits() {
+		// Past the page cache, host file systems do one write at a time that makes the
+		// file longer.
+		w.makeRoom(max(roomStep*size, directRoom))
+	}
 	piece := min(length, count*size-within)
 	// Behind the file's end all is zero already, as it is to be around the piece.
-	blank := host >= end && piece < count*size && (e.kind == zero || e.kind == unallocated && !n.backed(first*size)) && w.makeRoom(size)
+	blank := host >= end && piece < count*size && (e.kind == zero || e.kind == unallocated && !n.backed(first*size)) && w.makeRoom(roomStep*size)
 	for i := range count {
 		w.busy[first+i] = true
 	}
