@@ -166,8 +166,13 @@ func (r *Ring) ended(index uint8, result int32) {
 	}
 }
 
+// Ended tells whether there are requests for Reap to end. It costs no system call: the
+// kernel interrupts the thread that told it of a request to note that one is done.
+func (r *Ring) Ended() bool { return r.completed() }
+
 // Arm has the eventfd be signalled when the next request ends. It returns true where
-// some have ended before that could take effect.
+// some have ended before that could take effect: the kernel notes that one is done, and
+// looks only then, behind a fence, whether to signal.
 func (r *Ring) Arm() bool {
 	r.quiet(false)
 	return r.completed()

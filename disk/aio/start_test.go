@@ -4,7 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"math/rand/v2"
+	"runtime"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -233,4 +237,74 @@ func TestRingParts(t *testing.T) {
 		t.Error("a request started that there is no room for")
 	}
 	r.free = r.free[:ringEntries]
+}
+
+// However close a request's end comes to Arm: either Arm tells of it or the event does.
+func TestRingMissesNoEnd(t *testing.T) {
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pipe[0])
+	defer unix.Close(pipe[1])
+	const rounds = 2000
+	r := newTestRing(t)
+	var turn atomic.Int32 // rounds that the other side may end
+	var other sync.WaitGroup
+	defer other.Wait()
+	defer turn.Store(rounds)
+	pause := func(rng *rand.Rand) { // as long as an end takes to arrive
+		for end := time.Now().Add(time.Duration(rng.IntN(40)) * time.Microsecond); time.Now().Before(end); {
+		}
+	}
+	other.Go(func() {
+		rng := rand.New(rand.NewPCG(5, 6))
+		for n := int32(0); n < rounds; n++ {
+			for turn.Load() <= n {
+				runtime.Gosched()
+			}
+			pause(rng)
+			_, _ = unix.Write(pipe[1], []byte{1})
+		}
+	})
+	rng := rand.New(rand.NewPCG(7, 8))
+	var e ends
+	q := block.Request{Bufs: [][]byte{make([]byte, 1)}, Ring: r}
+	slept, seen := 0, 0
+	for n := range int32(rounds) {
+		q.Enter(&e, 0)
+		if !r.Start(&q, pipe[0]) {
+			t.Fatal("did not start")
+		}
+		r.Submit()
+		turn.Store(n + 1)
+		for r.Reap(); r.UnderWay() > 0; r.Reap() {
+			pause(rng)
+			if r.Arm() {
+				seen++
+				continue
+			}
+			slept++
+			patience := []unix.PollFd{{Fd: int32(r.event), Events: unix.POLLIN}}
+			for {
+				ready, err := unix.Poll(patience, 10000)
+				if err == unix.EINTR {
+					continue
+				}
+				if ready != 1 {
+					t.Fatalf("round %d: nobody told of the end (%v); it is there: %v", n, err, r.Ended())
+				}
+				break
+			}
+			if _, err := unix.Read(r.event, r.count[:]); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if slept == 0 || seen == 0 {
+		t.Errorf("the event told of %d ends, Arm of %d", slept, seen)
+	}
+	if len(e.errs) != rounds || errors.Join(e.errs...) != nil {
+		t.Errorf("%d of %d ended: %v", len(e.errs), rounds, errors.Join(e.errs...))
+	}
 }

@@ -319,7 +319,7 @@ func (b *Blk) writeThrough() bool {
 // Handle serves requests until the queue is empty, or has lanes serve them.
 func (b *Blk) Handle(q *Queue) error {
 	if b.lanes != nil {
-		if l := b.lanes[q.Index()]; block.Waits(b.cfg.Node) || q.aside && l.underWay() {
+		if l := b.lanes[q.Index()]; block.Waits(b.cfg.Node) || (q.aside || q.begun > 0) && l.underWay() {
 			return l.serve()
 		}
 		q.aside = false

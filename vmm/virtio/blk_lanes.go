@@ -3,6 +3,7 @@ package virtio
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gnomon-vmm/gnomon/disk/aio"
@@ -25,6 +26,8 @@ type blkLanes struct {
 	all    int        // lanes there are; guarded by mu
 	busy   int        // of those, how many are not free; guarded by mu
 	wanted bool       // the worker found none that is free; guarded by mu
+
+	handed atomic.Int32 // requests that goroutines have
 }
 
 // blkLane is what a request has while it is under way.
@@ -47,28 +50,22 @@ func (l *blkLanes) serve() error {
 	if !l.made {
 		l.made = true
 		if q.event != nil {
-			l.ring, _ = aio.NewRing(q.event.fd) // without one there are the goroutines
+			if ring, err := aio.NewRing(q.event.fd); err == nil { // without one there are the goroutines
+				l.ring, q.ends = ring, ring
+			}
 		}
 	}
-	for err := error(nil); ; {
-		if l.ring != nil && l.ring.UnderWay() > 0 {
-			l.ring.Reap()
-			q.Flush()
-		}
-		if err == nil {
-			err = l.dispatch()
-		}
-		if l.ring == nil {
-			q.aside = l.underWay()
-			return err
-		}
+	if l.ring != nil && l.ring.UnderWay() > 0 {
+		l.ring.Reap()
+		q.Flush()
+	}
+	err := l.dispatch()
+	if l.ring != nil {
 		l.ring.Submit()
 		q.begun = l.ring.UnderWay()
-		q.aside = q.begun > 0 || l.underWay()
-		if q.begun == 0 || !l.ring.Arm() {
-			return err
-		}
 	}
+	q.aside = l.handed.Load() > 0
+	return err
 }
 
 // dispatch begins requests.
@@ -186,6 +183,7 @@ func (lane *blkLane) Ended(r *block.Request, _ int64, err error) {
 // handOver has the lane's goroutine serve the request.
 func (lane *blkLane) handOver() {
 	lane.lanes.queue.share()
+	lane.lanes.handed.Add(1)
 	if lane.begin == nil {
 		lane.begin = make(chan struct{}, 1)
 		go lane.run()
@@ -197,19 +195,26 @@ func (lane *blkLane) handOver() {
 func (lane *blkLane) run() {
 	l := lane.lanes
 	for range lane.begin {
-		written, err := l.blk.request(&lane.blkQueue)
-		if err == nil {
-			err = l.queue.Push(&lane.chain, written)
-		} else {
-			err = fmt.Errorf("%w: queue %d: %w", ErrBlk, l.queue.Index(), err)
-		}
-		if err == nil {
-			l.queue.Flush()
-		} else {
+		if err := lane.serve(); err != nil {
 			(*l.blk.host.Load()).Fail(err)
 		}
+		l.handed.Add(-1)
 		l.put(lane)
 	}
+}
+
+// serve serves the lane's request.
+func (lane *blkLane) serve() error {
+	b, q := lane.lanes.blk, lane.lanes.queue
+	written, err := b.request(&lane.blkQueue)
+	if err != nil {
+		return fmt.Errorf("%w: queue %d: %w", ErrBlk, q.Index(), err)
+	}
+	if err := q.Push(&lane.chain, written); err != nil {
+		return err
+	}
+	q.Flush()
+	return nil
 }
 
 // end has the goroutines end. All lanes are free, for good.

@@ -225,7 +225,7 @@ func (p *PCI) begin() error {
 		}
 		w := &worker{
 			queue: q, dev: p.dev, gate: p.gate, event: p.events[i],
-			fail: s.Fail, broken: &p.broken, done: make(chan struct{}),
+			chains: pollChains, ends: pollEnds, fail: s.Fail, broken: &p.broken, done: make(chan struct{}),
 		}
 		q.event, q.gate, q.wake = p.events[i], p.gate, w.wake
 		q.intr = func() { p.interrupt(isrQueue, p.vectors[i].Load()) }

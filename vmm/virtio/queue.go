@@ -92,8 +92,9 @@ type Queue struct {
 
 	shared  bool       // set by the worker, for good
 	pushing sync.Mutex // held, where shared, for used, usedWrap, unsignalled and quiet, and where the driver sees these
-	aside   bool       // the device goes on with chains after Handle; the worker's
-	begun   int        // of those, chains of whose end the worker hears by event; the worker's
+	aside   bool       // others go on with chains after Handle; the worker's
+	begun   int        // parts of chains under way after Handle that it ends itself; the worker's
+	ends    ends       // tells of those; the worker's
 	broken  bool       // Pop finds nothing any more; the worker's
 
 	event *eventFD // has the worker call Handle; may be nil
@@ -203,6 +204,23 @@ func (q *Queue) leave() {
 		q.gate.leave()
 	}
 }
+
+// ends tells the worker that something ended which Handle has begun, so that Handle be
+// called.
+type ends interface {
+	// Ended tells whether there is something for Handle.
+	Ended() bool
+	// Arm has the queue's event be signalled when there is. It returns true where there
+	// was before that could take effect.
+	Arm() bool
+}
+
+// ended tells whether something has ended that Handle has begun.
+func (q *Queue) ended() bool { return q.begun > 0 && q.ends.Ended() }
+
+// wantEnds has the event be signalled when something ends that Handle has begun. It
+// returns true where something did before that could take effect.
+func (q *Queue) wantEnds() bool { return q.begun > 0 && q.ends.Arm() }
 
 // lock and unlock are around what pushing guards.
 func (q *Queue) lock() {

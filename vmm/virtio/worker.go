@@ -145,8 +145,9 @@ type worker struct {
 	// broken tells that Handle must not be called any more.
 	broken *atomic.Bool
 	state  atomic.Uint32
-	poll   poller
-	done   chan struct{} // closed when the goroutine has ended
+	// chains polls for chains, ends for the end of what has been begun, and for chains.
+	chains, ends poller
+	done         chan struct{} // closed when the goroutine has ended
 }
 
 // wake has the worker call Handle after this.
@@ -176,7 +177,7 @@ func (w *worker) run() {
 	for w.gate.enter(q.begun > 0) {
 		again := w.serve()
 		w.gate.leave()
-		if again && q.begun == 0 {
+		if again {
 			continue
 		}
 		if w.state.CompareAndSwap(workerRunning, workerIdle) {
@@ -186,15 +187,16 @@ func (w *worker) run() {
 			// no processor is busy: a thread wake-up for every request.
 			runtime.Gosched()
 			w.event.wait()
-			w.poll.woken()
+			w.chains.woken()
+			w.ends.woken()
 		}
 		w.state.Store(workerRunning)
 	}
 }
 
 // serve calls Handle until there is nothing to do. It returns true when the
-// gate wants the worker out before that is certain. Of a device that is broken Handle
-// only ends what it has begun.
+// gate wants the worker out before that is certain, and nothing is under way that Handle
+// has begun. Of a device that is broken Handle only ends that.
 func (w *worker) serve() bool {
 	q := w.queue
 	for {
@@ -211,26 +213,35 @@ func (w *worker) serve() bool {
 		q.Flush()
 		if err != nil {
 			w.fail(err)
-			return false
+			q.broken = true
 		}
-		if w.gate.hold.Load() {
+		hold := w.gate.hold.Load()
+		if hold && q.begun == 0 {
 			return true
 		}
-		if q.broken {
+		// It may have left chains for later, as a device does that has nothing to fill
+		// them with: more of them are no news.
+		news := !hold && !q.broken && (q.emptied || !q.hasAvail())
+		switch {
+		case w.state.Load() == workerAgain && !q.broken:
+		case w.spin(news):
+		case news && q.wantKicks():
+		case q.wantEnds():
+		default:
 			return false
 		}
-		if w.state.Load() == workerAgain {
-			continue
-		}
-		if !q.emptied && q.hasAvail() {
-			// The device left chains for later, as one does that has nothing
-			// to fill them with: more of them are no news.
-			return false
-		}
-		// Who waits for chains that the device goes on with needs the processor.
-		if !q.aside && w.poll.spin(w) || q.wantKicks() {
-			continue
-		}
-		return false
 	}
+}
+
+// spin looks for a while for chains, if they are news, and for the end of what has been
+// begun, and returns true when it has found something. Others that go on with chains need
+// the processor.
+func (w *worker) spin(news bool) bool {
+	switch {
+	case w.queue.aside || w.gate.hold.Load():
+		return false
+	case w.queue.begun > 0:
+		return w.ends.spin(w, news)
+	}
+	return news && w.chains.spin(w, true)
 }
