@@ -3,11 +3,14 @@ package tests
 import (
 	"context"
 	"encoding/json"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/gnomon-vmm/gnomon/tests/guest/probe"
 )
@@ -159,4 +162,63 @@ func TestBackupsAtRest(t *testing.T) {
 		}
 	}
 	command(ctx, t, "backup", "restore", into, at("new.img"), "--step", "1")
+}
+
+// pushed is the node on a machine that is sent to a backup into raw files.
+var pushed = regexp.MustCompile(`"node-name": *"gnomon-`)
+
+// A backup into raw files that is killed while the machine sends it what changed leaves
+// a job and a node on the machine: the next one takes them back, and goes on from the
+// newest backup that counts.
+func TestKilledBackupsOfMachines(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	for i, vmm := range []string{"gnomon", "QEMU"} {
+		t.Run(vmm, func(t *testing.T) {
+			dir := t.TempDir()
+			at := func(name string) string { return filepath.Join(dir, name) }
+			img, machine, into := at("disk.qcow2"), at("qmp.sock"), at("backups")
+			qemuImg(ctx, t, "create", "-q", "-f", "qcow2", img, "32M")
+			launchEither(ctx, t, vmm, "blk op=randwrite bs=4k qd=4 rounds=1000000 total=4M span=32M seed=5 order=1", img, "", machine)
+			args := []string{machine, "--into", into, "--incremental", "--format", "raw"}
+			backupInto(ctx, t, args...)
+			left, w, random := 0, newWindow(), rand.New(rand.NewPCG(uint64(i), 9))
+			for kills := 0; kills < 15 || left == 0 || w.complete == 0; kills++ {
+				if kills == 100 {
+					t.Fatalf("%d times something was left, %d backups were complete", left, w.complete)
+				}
+				cmd := exec.CommandContext(ctx, gnomon, append([]string{"backup"}, args...)...)
+				var stderr strings.Builder
+				cmd.Stderr = &stderr
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				timer := time.AfterFunc(w.random(random), func() { cmd.Process.Kill() })
+				err := cmd.Wait()
+				timer.Stop()
+				if err != nil && cmd.ProcessState.ExitCode() != -1 {
+					t.Fatalf("backup: %v: %s", err, &stderr)
+				}
+				w.count(err == nil)
+				if pushed.MatchString(command(ctx, t, "qmp", machine, "query-named-block-nodes")) {
+					left++
+				}
+			}
+			command(ctx, t, "qmp", machine, "stop")
+			last := backupInto(ctx, t, args...)
+			if again := backupInto(ctx, t, args...); last.Full || again.Full || again.Bytes != 0 {
+				t.Errorf("%+v, then %+v", last, again)
+			}
+			command(ctx, t, "backup", machine, "--to", at("reference.qcow2"))
+			command(ctx, t, "backup", "restore", into, at("restored.img"))
+			qemuImg(ctx, t, "compare", "-f", "raw", "-F", "qcow2", at("restored.img"), at("reference.qcow2"))
+			command(ctx, t, "backup", "verify", into)
+			if out := command(ctx, t, "qmp", machine, "query-named-block-nodes"); pushed.MatchString(out) {
+				t.Errorf("a node is left on the machine: %s", out)
+			}
+			if out := command(ctx, t, "qmp", machine, "query-jobs"); strings.Contains(out, "gnomon-") {
+				t.Errorf("a job is left on the machine: %s", out)
+			}
+		})
+	}
 }

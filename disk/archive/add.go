@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/disk/backup"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/changes"
@@ -15,8 +14,9 @@ import (
 
 // Pending is a backup that is being made.
 type Pending struct {
-	a    *Archive
-	step Step
+	a      *Archive
+	step   Step
+	target block.Node // that was opened last, or nil
 }
 
 // Begin makes the empty image of the next backup of a disk of size bytes: full, or one
@@ -41,13 +41,26 @@ func (a *Archive) Begin(size int64, full bool) (*Pending, error) {
 	return p, nil
 }
 
-// Path is where the image is that the disk is to be copied to.
+// Target opens what the disk is to be copied to: with changes, whole blocks of 64 KiB. It
+// is to be closed before Finish.
+func (p *Pending) Target() (n block.Node, err error) {
+	if n, err = p.a.files.target(&p.step); err == nil {
+		p.target = n
+	}
+	return n, err
+}
+
+// Path is where the image is that the disk is to be copied to; "": it can only be written
+// by way of Target.
 func (p *Pending) Path() string {
+	if !p.a.files.byName(&p.step) {
+		return ""
+	}
 	name, _ := p.a.files.part(&p.step)
 	return p.a.path(name)
 }
 
-// Format is the image's: disk.FormatQcow2 or disk.FormatRaw.
+// Format is that of the image at Path: disk.FormatQcow2 or disk.FormatRaw.
 func (p *Pending) Format() string {
 	_, format := p.a.files.part(&p.step)
 	return format
@@ -68,7 +81,7 @@ func (p *Pending) Finish(point *changes.Point, bitmap string) (Step, error) {
 
 func (p *Pending) finish() error {
 	a := p.a
-	if err := a.files.finish(&p.step); err != nil {
+	if err := a.files.finish(&p.step, p.target); err != nil {
 		return err
 	}
 	a.catalog.Steps = append(a.catalog.Steps, p.step)
@@ -124,7 +137,7 @@ func (a *Archive) Add(ctx context.Context, src block.Node, set *changes.Set, pro
 }
 
 func (p *Pending) copy(ctx context.Context, src block.Node, o backup.Options, progress func(done, total int64)) error {
-	target, err := disk.Open(p.Path(), disk.Options{Format: p.Format()})
+	target, err := p.Target()
 	if err != nil {
 		return err
 	}

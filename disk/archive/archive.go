@@ -90,8 +90,13 @@ type files interface {
 	begin(s *Step) error
 	// part is that image, and its format.
 	part(s *Step) (name, format string)
+	// target opens that image to be written; byName tells that whoever opens it by its
+	// name writes it as well.
+	target(s *Step) (n block.Node, err error)
+	byName(s *Step) bool
 	// finish makes the step's files of it, durable, and notes their size and checksum.
-	finish(s *Step) error
+	// to is what target returned, which has been closed, if it was called.
+	finish(s *Step, to block.Node) error
 	// abandon removes what there is of a step that is not finished.
 	abandon(s *Step)
 	// verify reads all of the files of the step with an index.

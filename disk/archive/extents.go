@@ -36,8 +36,6 @@ type collector struct {
 	granule int64
 	// own: those that src's own image holds, zeroes too; else all of src but its zeroes.
 	own bool
-	// keep, where not nil, is given what is not zero.
-	keep func(p []byte, off int64) error
 
 	extents []extent
 	sum     hash.Hash // of the last extent, if it may go on; else nil
@@ -102,11 +100,6 @@ func (c *collector) data(off, n int64, buf []byte) error {
 
 // add adds data.
 func (c *collector) add(p []byte, off int64) error {
-	if c.keep != nil {
-		if err := c.keep(p, off); err != nil {
-			return err
-		}
-	}
 	if last := len(c.extents) - 1; c.sum == nil || c.extents[last].end() != off || c.extents[last].length+int64(len(p)) > max(longest, 16*c.granule) {
 		if err := c.next(extent{start: off}); err != nil {
 			return err

@@ -10,6 +10,7 @@ import (
 	"os"
 	"regexp"
 
+	"github.com/gnomon-vmm/gnomon/disk"
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/convert"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
@@ -36,9 +37,15 @@ func (a images) begin(s *Step) error {
 	return qcow2.Create(a.path(imageOf(s)+part), o)
 }
 
+func (a images) target(s *Step) (block.Node, error) {
+	return disk.Open(a.path(imageOf(s)+part), disk.Options{Format: FormatQcow2})
+}
+
+func (images) byName(*Step) bool { return true }
+
 func (a images) abandon(s *Step) { os.Remove(a.path(imageOf(s) + part)) }
 
-func (a images) finish(s *Step) error {
+func (a images) finish(s *Step, _ block.Node) error {
 	from, to := a.path(imageOf(s)+part), a.path(imageOf(s))
 	if err := syncFile(from); err != nil {
 		return err

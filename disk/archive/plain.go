@@ -26,7 +26,7 @@ type plain struct{ *Archive }
 // maxPlain is how many backups may lie one on another.
 const maxPlain = 1000
 
-var plainName = regexp.MustCompile(`^\.?[0-9]{6}-(full|changes)\.(raw|json|qcow2)(\.part.*)?$`)
+var plainName = regexp.MustCompile(`^\.?[0-9]{6}-(full|changes)\.(raw|json)(\.part.*)?$`)
 
 func (plain) owns(name string) bool { return plainName.MatchString(name) }
 
@@ -44,38 +44,45 @@ func manifestOf(s *Step) string { return stem(s) + ".json" }
 
 func (plain) names(s *Step) []string { return []string{dataOf(s), manifestOf(s)} }
 
-// part is the data file itself of a full backup. Raw files do not tell zeroes that were
-// written from what was not, so changes come in a qcow2 image.
-func (plain) part(s *Step) (name, format string) {
-	if s.Full {
-		return dataOf(s) + part, FormatRaw
-	}
-	return stem(s) + ".qcow2" + part, FormatQcow2
-}
+// part is the data file itself.
+func (plain) part(s *Step) (name, format string) { return dataOf(s) + part, FormatRaw }
 
 func (a plain) begin(s *Step) error {
-	name, _ := a.part(s)
 	if s.Size <= 0 {
 		return fmt.Errorf("a disk of %d bytes", s.Size)
 	}
+	if !s.Full && len(a.chain(len(a.catalog.Steps)-1)) >= maxPlain {
+		return fmt.Errorf("%w: %d lie on one another", qcow2.ErrBacking, maxPlain)
+	}
+	name, _ := a.part(s)
+	f, err := a.create(name, s.Size)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// byName: a raw file does not tell zeroes that were written from what was not.
+func (plain) byName(s *Step) bool { return s.Full }
+
+func (a plain) target(s *Step) (block.Node, error) {
+	name, _ := a.part(s)
+	file, err := raw.Open(a.path(name), false)
+	if err != nil {
+		return nil, err
+	}
 	if s.Full {
-		f, err := a.create(name, s.Size)
-		if err != nil {
-			return err
-		}
-		return f.Close()
+		return file, nil
 	}
-	chain := a.chain(len(a.catalog.Steps) - 1)
-	if len(chain) >= maxPlain {
-		return fmt.Errorf("%w: %d lie on one another", qcow2.ErrBacking, len(chain))
+	c, err := newChanged(file, s.Size)
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
 	}
-	// It lies on an image, whichever: zeroes that are written must be kept.
-	return qcow2.Create(a.path(name), qcow2.CreateOptions{Size: s.Size, Backing: dataOf(&chain[0]), BackingFormat: FormatRaw})
+	return c, nil
 }
 
 func (a plain) abandon(s *Step) {
-	name, _ := a.part(s)
-	for _, name := range []string{name, dataOf(s) + part, manifestOf(s) + part} {
+	for _, name := range []string{dataOf(s) + part, manifestOf(s) + part} {
 		os.Remove(a.path(name))
 	}
 }
@@ -109,45 +116,9 @@ func (a *Archive) openFile(name string) (*os.File, error) {
 	return f, nil
 }
 
-func (a plain) finish(s *Step) error {
-	name, format := a.part(s)
-	if format == FormatRaw {
-		return a.seal(s, name)
-	}
-	err := a.extract(s, name)
-	if err != nil {
-		return err
-	}
-	return os.Remove(a.path(name))
-}
-
-// extract makes the files of a step of the qcow2 image with what changed.
-func (a plain) extract(s *Step, name string) error {
-	src, err := qcow2.Open(a.path(name), true)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	if src.Size() != s.Size {
-		return fmt.Errorf("%s is of a disk of %d bytes, not %d", name, src.Size(), s.Size)
-	}
-	f, err := a.create(dataOf(s)+part, s.Size)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	c := collector{src: src, granule: granuleOf(s.Size, false), own: true, keep: func(p []byte, off int64) error {
-		_, err := f.WriteAt(p, off)
-		return err
-	}}
-	if err := c.collect(); err != nil {
-		return err
-	}
-	return a.publish(s, f, c.extents)
-}
-
-// seal makes the files of a full backup of the raw file with the disk.
-func (a plain) seal(s *Step, name string) error {
+// finish writes the manifest: the data is where it is to be.
+func (a plain) finish(s *Step, to block.Node) error {
+	name, _ := a.part(s)
 	src, err := raw.Open(a.path(name), true)
 	if err != nil {
 		return err
@@ -165,7 +136,17 @@ func (a plain) seal(s *Step, name string) error {
 	if info.Size() != s.Size {
 		return fmt.Errorf("%s is of a disk of %d bytes, not %d", name, info.Size(), s.Size)
 	}
-	c := collector{src: src, granule: granuleOf(s.Size, true)}
+	c := collector{src: src, granule: granuleOf(s.Size, s.Full)}
+	if !s.Full {
+		given, err := newChanged(src, s.Size)
+		if err != nil {
+			return err
+		}
+		if was, ok := to.(*changed); ok { // else nothing has changed
+			given.held = was.held
+		}
+		c.src, c.own = given, true
+	}
 	if err := c.collect(); err != nil {
 		return err
 	}
@@ -300,7 +281,7 @@ func (a plain) merge(ctx context.Context, i int, progress func(done, total int64
 	if err = errors.Join(err, dst.Close()); err != nil {
 		return err
 	}
-	if err := a.finish(&full); err != nil {
+	if err := a.finish(&full, nil); err != nil {
 		return err
 	}
 	a.catalog.Steps[i] = full

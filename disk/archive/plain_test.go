@@ -22,7 +22,6 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/changes"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
-	"github.com/gnomon-vmm/gnomon/disk/raw"
 )
 
 // restoredByHand does what the page of the format says of restoring without Gnomon.
@@ -73,7 +72,7 @@ func newPlain(t testing.TB) *Archive {
 			t.Fatal(err)
 		}
 		write(t, p, func(d block.Node) error {
-			err := d.Writev([][]byte{bytes.Repeat([]byte{byte(n + 1)}, 200<<10)}, int64(n)<<18)
+			err := d.Writev([][]byte{bytes.Repeat([]byte{byte(n + 1)}, 192<<10)}, int64(n)<<18)
 			return errors.Join(err, d.Writev([][]byte{make([]byte, 128<<10)}, int64(n)<<18+1<<20), d.WriteZeroes(3<<20, 64<<10, true))
 		})
 		if _, err := p.Finish(nil, ""); err != nil {
@@ -86,13 +85,7 @@ func newPlain(t testing.TB) *Archive {
 // write does what a machine does with the image of a backup that is being made.
 func write(t testing.TB, p *Pending, f func(block.Node) error) {
 	t.Helper()
-	var d block.Node
-	var err error
-	if p.Format() == FormatRaw {
-		d, err = raw.Open(p.Path(), false)
-	} else {
-		d, err = qcow2.Open(p.Path(), false)
-	}
+	d, err := p.Target()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +119,7 @@ func TestZeroes(t *testing.T) {
 		if !block.IsZero(got[off : off+64<<10]) {
 			t.Errorf("at %d: not zero", off)
 		}
-		if block.IsZero(got[off+64<<10 : off+200<<10]) {
+		if block.IsZero(got[off+64<<10 : off+192<<10]) {
 			t.Errorf("behind %d: zero", off)
 		}
 	}
@@ -135,6 +128,70 @@ func TestZeroes(t *testing.T) {
 	if err := unix.Stat(a.path(a.File(s)), &st); err != nil || st.Blocks != 0 || st.Size != 4<<20 {
 		t.Errorf("the file of nothing but zeroes has %d blocks, %d bytes, %v", st.Blocks, st.Size, err)
 	}
+}
+
+// What changed is written once, into the file that has it in the end; by whole blocks.
+func TestChangesAreWrittenOnce(t *testing.T) {
+	a := newPlain(t)
+	entries := func() (names []string) {
+		all, err := os.ReadDir(a.dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range all {
+			if strings.HasPrefix(e.Name(), "000004") {
+				names = append(names, e.Name())
+			}
+		}
+		return names
+	}
+	p, err := a.Begin(4<<20, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.Path() != "" {
+		t.Errorf("a machine is told to write to %s", p.Path())
+	}
+	pending := entries()
+	if len(pending) != 1 {
+		t.Fatalf("%v are being written", pending)
+	}
+	first, err := os.Stat(a.path(pending[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mixed := slices.Concat(make([]byte, 64<<10), bytes.Repeat([]byte{7}, 128<<10), make([]byte, 64<<10))
+	write(t, p, func(d block.Node) error {
+		for _, bad := range [][2]int64{{512, 64 << 10}, {0, 512}, {4<<20 - 512, 512}, {-64 << 10, 64 << 10}} {
+			if d.Writev([][]byte{make([]byte, bad[1])}, bad[0]) == nil || d.WriteZeroes(bad[0], bad[1], true) == nil {
+				t.Errorf("%d bytes at %d were taken", bad[1], bad[0])
+			}
+		}
+		return errors.Join(d.Writev([][]byte{mixed[:1000], mixed[1000:]}, 1<<20), d.Writev([][]byte{mixed[64<<10:][:64<<10]}, 0), d.WriteZeroes(0, 64<<10, false))
+	})
+	s, err := p.Finish(nil, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	last, err := os.Stat(a.path(a.File(s)))
+	if err != nil || !os.SameFile(first, last) || len(entries()) != 2 {
+		t.Errorf("the data was written elsewhere first: %v", entries())
+	}
+	m, err := plain{a}.manifest(3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range m.extents {
+		got = append(got, fmt.Sprint(e.start>>10, "+", e.length>>10, " ", e.zero))
+	}
+	if want := "[0+64 true 1024+64 true 1088+128 false 1216+64 true]"; fmt.Sprint(got) != want || s.Bytes != 128<<10 {
+		t.Errorf("%v, %d bytes; not %v", got, s.Bytes, want)
+	}
+	if d := contentOf(t, a, 0); !bytes.Equal(d[1<<20:][:len(mixed)], mixed) || !block.IsZero(d[:64<<10]) || block.IsZero(d[64<<10:][:64<<10]) {
+		t.Error("the backup is not what was written")
+	}
+	sound(t, a)
 }
 
 // The first backup decides on the format; another is refused, and nothing is changed.

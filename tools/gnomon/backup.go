@@ -187,6 +187,14 @@ func (f *backupFlags) addRunning(cmd *cobra.Command, c *client.Client, d *attach
 		return err
 	}
 	defer a.Close()
+	switch left, err := takeBackPush(context.WithoutCancel(cmd.Context()), c, a.ID()); {
+	case err != nil:
+		return err
+	case left:
+		if d, err = d.again(cmd.Context(), c); err != nil {
+			return err
+		}
+	}
 	s, err := f.addByBitmap(cmd.Context(), a, c, d)
 	if err != nil {
 		return err
@@ -218,38 +226,17 @@ func (f *backupFlags) addByBitmap(ctx context.Context, a *archive.Archive, c *cl
 	if err != nil {
 		return none, err
 	}
-	target, err := filepath.Abs(p.Path())
-	if err != nil {
-		return none, err
-	}
-	node := d.Inserted.NodeName
 	name := fmt.Sprintf("gnomon-%s-%d", a.ID(), p.Number())
-	if d.bitmap(name) != nil { // of a backup that was interrupted
-		if err := c.Execute(ctx, "block-dirty-bitmap-remove", map[string]any{"node": node, "name": name}, nil); err != nil {
-			p.Abandon()
-			return none, err
-		}
-	}
-	id := fmt.Sprintf("backup-%d-%d", os.Getpid(), time.Now().UnixNano())
-	add := map[string]any{"node": node, "name": name, "persistent": d.Inserted.Driver == disk.FormatQcow2}
-	job := map[string]any{"job-id": id, "device": d.ref(), "target": target, "format": p.Format(), "mode": "existing", "sync": "full", "auto-dismiss": false}
-	if !full {
-		job["sync"], job["bitmap"], job["bitmap-mode"] = "bitmap", last.Bitmap, "never"
-	}
 	drop := func(name string) error {
-		return c.Execute(context.WithoutCancel(ctx), "block-dirty-bitmap-remove", map[string]any{"node": node, "name": name}, nil)
+		return c.Execute(context.WithoutCancel(ctx), "block-dirty-bitmap-remove", map[string]any{"node": d.Inserted.NodeName, "name": name}, nil)
 	}
-	err = c.Execute(ctx, "transaction", map[string]any{"actions": []any{
-		map[string]any{"type": "block-dirty-bitmap-add", "data": add},
-		map[string]any{"type": "drive-backup", "data": job},
-	}}, nil)
-	if err != nil {
+	since := ""
+	if !full {
+		since = last.Bitmap
+	}
+	if err := copyByBitmap(ctx, p, c, d, pushName(a.ID()), since, name, drop); err != nil {
 		p.Abandon()
 		return none, err
-	}
-	if err := awaitJob(ctx, c, "backup", id); err != nil {
-		p.Abandon()
-		return none, errors.Join(err, drop(name))
 	}
 	s, err := p.Finish(nil, name)
 	if err != nil {
@@ -264,6 +251,44 @@ func (f *backupFlags) addByBitmap(ctx context.Context, a *archive.Archive, c *cl
 		}
 	}
 	return s, nil
+}
+
+// copyByBitmap has a job of the machine's copy what a bitmap tells, or with "" all, and
+// begin the bitmap next at the same instant. drop removes a bitmap.
+func copyByBitmap(ctx context.Context, p *archive.Pending, c *client.Client, d *attachedDisk, id, since, next string, drop func(string) error) (err error) {
+	if d.bitmap(next) != nil { // of a backup that was interrupted
+		if err := drop(next); err != nil {
+			return err
+		}
+	}
+	job := map[string]any{"job-id": id, "device": d.ref(), "sync": "full", "auto-dismiss": false}
+	if since != "" {
+		job["sync"], job["bitmap"], job["bitmap-mode"] = "bitmap", since, "never"
+	}
+	command := "drive-backup"
+	if path := p.Path(); path != "" {
+		if path, err = filepath.Abs(path); err != nil {
+			return err
+		}
+		job["target"], job["format"], job["mode"] = path, p.Format(), "existing"
+	} else {
+		to, err := servePush(ctx, c, id, p)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, to.close()) }()
+		command, job["target"] = "blockdev-backup", id
+	}
+	if err := c.Execute(ctx, "transaction", map[string]any{"actions": []any{
+		map[string]any{"type": "block-dirty-bitmap-add", "data": map[string]any{"node": d.Inserted.NodeName, "name": next, "persistent": d.Inserted.Driver == disk.FormatQcow2}},
+		map[string]any{"type": command, "data": job},
+	}}, nil); err != nil {
+		return err
+	}
+	if err := awaitJob(ctx, c, "backup", id); err != nil {
+		return errors.Join(err, drop(next))
+	}
+	return nil
 }
 
 // dirtyBitmap is what query-block tells of a bitmap.
