@@ -473,6 +473,12 @@ var toolJobs = []toolJob{
 			return []string{"resize", "--shrink", images[0], fmt.Sprint(survivorSize + s.random.Int64N(survivorSize))}
 		}, nil,
 	},
+	{
+		"commit -b", 4, 15, func(s *survivor, images []string) []string {
+			return []string{"commit", images[0], "-b", images[2+s.random.IntN(len(images)-2)]}
+		},
+		func(_, args []string) (a, b string) { return args[1], args[3] },
+	},
 }
 
 // A command on a disk that is killed at any time leaves the disk with all that it
@@ -500,6 +506,11 @@ func TestKilledDiskCommands(t *testing.T) {
 				}
 				if err := s.holds(s.path, nil, 0); err != nil {
 					t.Fatalf("turn %d: %v: %v", turn, args, err)
+				}
+				for _, image := range images {
+					if err := s.sound(image); err != nil {
+						t.Fatalf("turn %d: %v: %v", turn, args, err)
+					}
 				}
 				if err == nil && j.same != nil {
 					a, b := j.same(images, args)
