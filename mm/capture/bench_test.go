@@ -72,8 +72,8 @@ func TestRearm(t *testing.T) {
 // sink is a Writer that does nothing.
 type sink struct{}
 
-func (sink) BlockAt(uint64, []uint64, []byte) error { return nil }
-func (sink) Zero(...uint64) error                   { return nil }
+func (sink) BlockAt(uint64, []uint64, [][]byte) error { return nil }
+func (sink) Zero(...uint64) error                     { return nil }
 
 // populate has all pages allocated, and something in each, with the host's mapping.
 func populate(m *machine) {

@@ -48,6 +48,10 @@ type Options struct {
 	Workers int
 	// Protect has pages protected however few they are: see Arm.
 	Protect bool
+	// Still says that from Freeze until Save has returned the machine stands still: its
+	// vCPUs write nothing. Nothing is protected then, and pages are saved from where they
+	// are. Whatever else writes to the memory calls Touch, as always, and may wait.
+	Still bool
 }
 
 // phase is how far a capture has come.
@@ -67,8 +71,8 @@ type Capture struct {
 	regions []region
 	fd      *uffd.FD
 	workers int
-	// protectAll is Options.Protect.
-	protectAll bool
+	// protectAll is Options.Protect, still Options.Still.
+	protectAll, still bool
 
 	// life ends with Close.
 	life context.Context
@@ -130,7 +134,7 @@ func New(mem *guestmem.Memory, o Options) (*Capture, error) {
 		return nil, fmt.Errorf("%w: %w", ErrSetup, err)
 	}
 	c := &Capture{
-		mem: mem, fd: fd, workers: o.Workers, protectAll: o.Protect,
+		mem: mem, fd: fd, workers: o.Workers, protectAll: o.Protect, still: o.Still,
 		written: dirty.NewBitmapOf(mem), spare: dirty.NewBitmapOf(mem),
 		urgent: make(chan uint32, 256),
 	}
@@ -186,6 +190,15 @@ func (c *Capture) Arm(only *dirty.Bitmap) error {
 		if err := c.copyEarly(only); err != nil {
 			return fmt.Errorf("%w: %w", ErrArm, err)
 		}
+		return nil
+	}
+	if c.still {
+		defer c.mu.Unlock()
+		if only == nil {
+			only = dirty.NewBitmapOf(c.mem)
+			only.SetAll()
+		}
+		c.expect(only)
 		return nil
 	}
 	c.reader.Go(c.readFaults)
@@ -321,7 +334,7 @@ func (c *Capture) protectWritten() (bool, error) {
 		defer c.mu.Unlock()
 		return false, c.misplaced()
 	}
-	if c.written.Count() <= armEnough {
+	if c.still || c.written.Count() <= armEnough {
 		c.mu.Unlock()
 		return false, nil
 	}
@@ -408,8 +421,10 @@ func (c *Capture) Freeze(more *dirty.Bitmap) error {
 	}
 	before := c.count.protectCalls.Load()
 	c.count.rewritten.Store(c.written.Count())
-	if err := c.protectRuns(c.written); err != nil {
-		return fmt.Errorf("%w: %w", ErrFreeze, err)
+	if !c.still {
+		if err := c.protectRuns(c.written); err != nil {
+			return fmt.Errorf("%w: %w", ErrFreeze, err)
+		}
 	}
 	c.count.freezeCalls.Store(c.count.protectCalls.Load() - before)
 	c.keepPinned()

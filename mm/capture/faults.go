@@ -217,6 +217,9 @@ func (c *Capture) settle(i, to uint32) {
 		return
 	}
 	c.wakeTouching()
+	if c.still {
+		return // it is not protected
+	}
 	if err := c.lift(i, 1); err != nil {
 		// Nobody else would wake the writer.
 		go c.fail(err)

@@ -115,7 +115,7 @@ type memWriter struct {
 
 func newWriter() *memWriter { return &memWriter{pages: map[uint64][]byte{}} }
 
-func (w *memWriter) BlockAt(_ uint64, pfns []uint64, data []byte) error {
+func (w *memWriter) BlockAt(_ uint64, pfns []uint64, pages [][]byte) error {
 	if w.before != nil {
 		if err := w.before(); err != nil {
 			return err
@@ -123,12 +123,12 @@ func (w *memWriter) BlockAt(_ uint64, pfns []uint64, data []byte) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(pfns) == 0 || len(pfns) > BlockPages || len(data) != len(pfns)*pageSize {
-		w.errs = append(w.errs, fmt.Errorf("%d pages with %d bytes", len(pfns), len(data)))
+	if len(pfns) == 0 || len(pfns) > BlockPages || len(pages) != len(pfns) {
+		w.errs = append(w.errs, fmt.Errorf("%d pages, numbered by %d", len(pages), len(pfns)))
 		return nil
 	}
 	for i, pfn := range pfns {
-		w.add(pfn, bytes.Clone(data[i*pageSize:(i+1)*pageSize]))
+		w.add(pfn, bytes.Clone(pages[i]))
 	}
 	w.order = append(w.order, pfns...)
 	return nil

@@ -13,10 +13,10 @@ import (
 
 // Writer is where pages go: a *checkpoint.Writer. Several goroutines call it.
 type Writer interface {
-	// BlockAt takes up to BlockPages pages: their numbers, and their bytes one
-	// behind the other, which it does not keep. order is the block's place among
-	// the others, whenever its turn comes.
-	BlockAt(order uint64, pfns []uint64, data []byte) error
+	// BlockAt takes up to BlockPages pages: their numbers, and their bytes, which
+	// it does not keep. order is the block's place among the others, whenever its
+	// turn comes.
+	BlockAt(order uint64, pfns []uint64, pages [][]byte) error
 	// Zero takes pages that are zero.
 	Zero(pfns ...uint64) error
 }
@@ -251,8 +251,11 @@ func (s *sweep) plan(order []uint64) {
 
 // work saves blocks until none is left.
 func (s *sweep) work() error {
+	b := &sweepBlock{}
 	data := make([]byte, BlockPages*pageSize)
-	pfns := make([]uint64, BlockPages)
+	for n := range b.room {
+		b.room[n] = data[n*pageSize : (n+1)*pageSize]
+	}
 	for {
 		block, ok := s.pick()
 		if !ok {
@@ -262,13 +265,44 @@ func (s *sweep) work() error {
 			return err
 		}
 		indices := s.sequence[block*BlockPages : min((block+1)*BlockPages, uint64(len(s.sequence)))]
-		for n, i := range indices {
-			pfns[n] = s.fill(i, data[n*pageSize:(n+1)*pageSize])
-		}
-		if err := s.w.BlockAt(block, pfns[:len(indices)], data[:len(indices)*pageSize]); err != nil {
+		s.gather(b, indices)
+		err := s.w.BlockAt(block, b.pfns[:len(indices)], b.pages[:len(indices)])
+		s.settleHeld(b, indices)
+		if err != nil {
 			return err
 		}
 		s.report(uint64(len(indices)))
+	}
+}
+
+// sweepBlock is a block that is being saved.
+type sweepBlock struct {
+	pfns  [BlockPages]uint64
+	pages [BlockPages][]byte
+	held  uint64             // a bit for each of them that is busy until it is saved
+	room  [BlockPages][]byte // for the others
+}
+
+// gather brings the pages of a block together: where the machine stands still they are
+// saved from where they are, and otherwise are copied, so that a writer need not wait for
+// more than that.
+func (s *sweep) gather(b *sweepBlock, indices []uint32) {
+	for n, i := range indices {
+		if s.still && s.take(i) {
+			r := s.regionAt(i)
+			b.pfns[n], b.pages[n] = r.firstPFN+uint64(i)-r.firstIndex, s.hostPage(i)
+			b.held |= 1 << n
+			continue
+		}
+		b.pfns[n], b.pages[n] = s.fill(i, b.room[n]), b.room[n]
+	}
+}
+
+// settleHeld lets the pages of a block go that gather has held.
+func (s *sweep) settleHeld(b *sweepBlock, indices []uint32) {
+	for ; b.held != 0; b.held &= b.held - 1 {
+		s.settle(indices[bits.TrailingZeros64(b.held)], free)
+		s.count.swept.Add(1)
 	}
 }
 

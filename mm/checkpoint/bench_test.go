@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -95,6 +96,18 @@ func writeAll(t testing.TB, path string, data []byte) WriteStats {
 		t.Fatal(err)
 	}
 	defer w.Abort()
+	addAll(t, w, data)
+	if err := w.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	return w.Stats()
+}
+
+// split makes pages of bytes.
+func split(data []byte) [][]byte { return slices.Collect(slices.Chunk(data, PageSize)) }
+
+// addAll adds memory with as many goroutines as there are CPUs.
+func addAll(t testing.TB, w *Writer, data []byte) {
 	var next atomic.Int64
 	var wg sync.WaitGroup
 	for range runtime.GOMAXPROCS(0) {
@@ -108,7 +121,7 @@ func writeAll(t testing.TB, path string, data []byte) WriteStats {
 				for i := range pfns {
 					pfns[i] = uint64(at)/PageSize + uint64(i)
 				}
-				if err := w.BlockAt(uint64(at), pfns, data[at:at+blockBytes]); err != nil {
+				if err := w.BlockAt(uint64(at), pfns, split(data[at:at+blockBytes])); err != nil {
 					t.Error(err)
 					return
 				}
@@ -116,10 +129,6 @@ func writeAll(t testing.TB, path string, data []byte) WriteStats {
 		})
 	}
 	wg.Wait()
-	if err := w.Commit(); err != nil {
-		t.Fatal(err)
-	}
-	return w.Stats()
 }
 
 func BenchmarkReadBlock(b *testing.B) {

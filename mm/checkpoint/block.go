@@ -3,22 +3,30 @@ package checkpoint
 import (
 	"bytes"
 	"fmt"
+	"sync"
 
 	"github.com/klauspost/compress/s2"
 )
 
 // staging is what one goroutine needs to make a block.
 type staging struct {
-	entries [BlockPages]uint32  // of the page index: zero, or a slot of an earlier block; else 0
-	slots   [BlockPages]int     // in this block, where entries has 0
-	sums    [BlockPages]pageSum // where the page is not zero
-	kept    []int               // which pages get a slot
-	raw     []byte              // their bytes
-	stored  []byte              // these, compressed
+	entries  [BlockPages]uint32    // of the page index: zero, or a slot of an earlier block; else 0
+	slots    [BlockPages]int       // in this block, where entries has 0
+	prints   [BlockPages]pagePrint // where the page is not zero
+	sums     [BlockPages]pageSum   // where summed has a bit
+	summed   uint64
+	like     [BlockPages]likeness // where looked has a bit
+	looked   uint64
+	hopeless bool     // it is not to be compressed
+	kept     []int    // which pages get a slot
+	pages    [][]byte // their bytes
+	raw      []byte   // these, one behind the other
+	stored   []byte   // these, compressed
+	single   [1][]byte
 }
 
 func newStaging() any {
-	return &staging{kept: make([]int, 0, BlockPages), raw: make([]byte, blockBytes), stored: make([]byte, s2.MaxEncodedLen(blockBytes))}
+	return &staging{kept: make([]int, 0, BlockPages), pages: make([][]byte, 0, BlockPages), raw: make([]byte, 0, blockBytes), stored: make([]byte, s2.MaxEncodedLen(blockBytes))}
 }
 
 // writtenBlock is a block that is in the file.
@@ -34,14 +42,27 @@ type writtenBlock struct {
 // data, as one storage block. Blocks are in the order of the calls. It returns
 // when data may be used for something else.
 func (w *Writer) Block(pfns []uint64, data []byte) error {
-	return w.BlockAt(w.calls.Add(1), pfns, data)
+	var room [BlockPages][]byte
+	if len(pfns) > BlockPages || len(data) != len(pfns)*PageSize {
+		return w.fail(fmt.Errorf("block of %d pages with %d bytes", len(pfns), len(data)))
+	}
+	pages := room[:len(pfns)]
+	for i := range pages {
+		pages[i] = data[i*PageSize:][:PageSize]
+	}
+	return w.BlockAt(w.calls.Add(1), pfns, pages)
 }
 
-// BlockAt does what Block does, for a block whose place among the others is not
-// that of the call: a Reader counts blocks by ascending order.
-func (w *Writer) BlockAt(order uint64, pfns []uint64, data []byte) error {
-	if len(pfns) == 0 || len(pfns) > BlockPages || len(data) != len(pfns)*PageSize {
-		return w.fail(fmt.Errorf("block of %d pages with %d bytes", len(pfns), len(data)))
+// BlockAt does what Block does, for pages wherever they are, and for a block whose place
+// among the others is not that of the call: a Reader counts blocks by ascending order.
+func (w *Writer) BlockAt(order uint64, pfns []uint64, pages [][]byte) error {
+	if len(pfns) == 0 || len(pfns) > BlockPages || len(pages) != len(pfns) {
+		return w.fail(fmt.Errorf("block of %d pages, numbered by %d", len(pages), len(pfns)))
+	}
+	for _, page := range pages {
+		if len(page) != PageSize {
+			return w.fail(fmt.Errorf("page of %d bytes", len(page)))
+		}
 	}
 	for _, pfn := range pfns {
 		if _, ok := w.layout.index(pfn); !ok {
@@ -51,24 +72,17 @@ func (w *Writer) BlockAt(order uint64, pfns []uint64, data []byte) error {
 	s := w.staging.Get().(*staging)
 	defer w.staging.Put(s)
 
-	w.findEqual(s, pfns, data)
-	s.gather(len(pfns))
+	w.findEqual(s, pages)
+	s.gather(pages)
 	block := writtenBlock{order: order, pfns: make([]uint32, len(s.kept))}
 	for slot, i := range s.kept {
 		block.pfns[slot] = uint32(pfns[i])
 	}
-	var stored []byte
+	var stored [][]byte
 	var sum uint32
 	if len(s.kept) > 0 {
-		raw := data
-		if len(s.kept) < len(pfns) {
-			raw = s.raw[:0]
-			for _, i := range s.kept {
-				raw = append(raw, data[i*PageSize:][:PageSize]...)
-			}
-		}
-		stored, block.codec = compress(s.stored, raw)
-		sum = checksum(stored)
+		stored, block.codec = s.compress()
+		sum = checksum(stored...)
 	}
 
 	w.mu.Lock()
@@ -79,51 +93,147 @@ func (w *Writer) BlockAt(order uint64, pfns []uint64, data []byte) error {
 	if len(w.blocks) >= maxBlocks {
 		return w.failLocked(fmt.Errorf("it has %d blocks already", len(w.blocks)))
 	}
+	direct := false
 	if len(s.kept) > 0 {
-		block.extent = w.out.add(stored, sum)
+		if block.codec == codecRaw {
+			block.extent, direct = w.out.addBehind(sum, stored)
+		}
+		if !direct {
+			block.extent = w.out.add(sum, stored...)
+		}
 		w.blocks = append(w.blocks, block)
 		w.dir.blockBytes += uint64(block.length)
 	}
 	if err := w.index(s, pfns); err != nil {
 		return err
 	}
-	w.out.writeFull()
+	if direct {
+		w.out.write(stored...)
+	} else {
+		w.out.writeFull()
+	}
 	return w.failed()
 }
 
-// findEqual finds the pages that are zero or in the file already.
-func (w *Writer) findEqual(s *staging, pfns []uint64, data []byte) {
-	for i := range pfns {
-		page := data[i*PageSize:][:PageSize]
+// findEqual finds the pages that are zero or in the file already. The pages of a block that
+// is not going to be compressed are known by their prints, until others turn out to have the
+// same: to compute sums of them all would take as long as everything else.
+func (w *Writer) findEqual(s *staging, pages [][]byte) {
+	s.hopeless = hopeless(pages)
+	s.looked, s.summed = 0, 0
+	for i, page := range pages {
 		if s.entries[i] = 0; isZero(page) {
 			s.entries[i] = entryZero
-		} else {
-			w.dup.sum(&s.sums[i], page)
+			continue
+		}
+		s.prints[i] = w.dup.print(page)
+		if !s.hopeless {
+			w.sum(s, i, page)
 		}
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for i := range pfns {
-		if s.entries[i] == 0 {
-			s.entries[i] = w.dup.find(&s.sums[i])
+	w.findLike(s, pages)
+	for i, page := range pages {
+		if s.looked&(1<<i) != 0 {
+			w.compare(s, i, page)
 		}
 	}
 }
 
-// gather finds the pages that get a slot: those that equal one before them in
-// the block share its.
-func (s *staging) gather(pages int) {
-	s.kept = s.kept[:0]
+// sum computes the sum of a page of a block.
+func (w *Writer) sum(s *staging, i int, page []byte) {
+	w.dup.sum(&s.sums[i], page)
+	s.summed |= 1 << i
+}
+
+// findLike looks pages up by what they are known by. Those that have the print of one
+// that is in the file are noted in s.looked.
+func (w *Writer) findLike(s *staging, pages [][]byte) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	for i := range pages {
 		if s.entries[i] != 0 {
 			continue
 		}
+		if s.summed&(1<<i) != 0 {
+			if s.entries[i] = w.dup.find(&s.sums[i]); s.entries[i] != 0 {
+				continue
+			}
+		}
+		slot, alone := w.dup.findPrint(s.prints[i])
+		if slot == 0 || !alone && s.summed&(1<<i) != 0 {
+			continue
+		}
+		s.looked |= 1 << i
+		s.like[i] = likeness{slot: slot}
+		if alone { // its block is not compressed: see index
+			s.like[i].at = w.blocks[slot/BlockPages-1].offset + uint64(slot%BlockPages)*PageSize
+		}
+	}
+}
+
+// likeness is a page of the file that one of a block has the print of.
+type likeness struct {
+	slot uint32
+	at   uint64 // where in the file it is, if it has no sum; or else 0
+}
+
+// compare finds out whether a page is the one whose print it has, or another that has a sum.
+// From now on it is known by its sum.
+func (w *Writer) compare(s *staging, i int, page []byte) {
+	if like := s.like[i]; like.at != 0 && w.holds(like.at, page) {
+		s.entries[i] = like.slot
+		return
+	}
+	if s.summed&(1<<i) == 0 {
+		w.sum(s, i, page)
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		s.entries[i] = w.dup.find(&s.sums[i])
+	}
+}
+
+// holds tells whether a page is in the file at that place. What cannot be read is not.
+func (w *Writer) holds(at uint64, page []byte) bool {
+	w.mu.Lock()
+	if b := w.out.unwritten(at); b != nil {
+		defer w.mu.Unlock()
+		return bytes.Equal(b[:PageSize], page)
+	}
+	file := w.out.file
+	w.mu.Unlock()
+	if file == nil {
+		return false
+	}
+	room := pageRoom.Get().(*[PageSize]byte)
+	defer pageRoom.Put(room)
+	_, err := file.ReadAt(room[:], int64(at))
+	return err == nil && bytes.Equal(room[:], page)
+}
+
+var pageRoom = sync.Pool{New: func() any { return new([PageSize]byte) }}
+
+// sumOf is the sum of a page of the block, or nil.
+func (s *staging) sumOf(i int) *pageSum {
+	if s.summed&(1<<i) == 0 {
+		return nil
+	}
+	return &s.sums[i]
+}
+
+// gather finds the pages that get a slot: those that equal one before them in
+// the block share its.
+func (s *staging) gather(pages [][]byte) {
+	s.kept, s.pages = s.kept[:0], s.pages[:0]
+	for i, page := range pages {
+		if s.entries[i] != 0 {
+			continue
+		}
 		slot := 0
-		for slot < len(s.kept) && s.sums[s.kept[slot]] != s.sums[i] {
+		for slot < len(s.kept) && (s.prints[s.kept[slot]] != s.prints[i] || !bytes.Equal(s.pages[slot], page)) {
 			slot++
 		}
 		if s.slots[i] = slot; slot == len(s.kept) {
-			s.kept = append(s.kept, i)
+			s.kept, s.pages = append(s.kept, i), append(s.pages, page)
 		}
 	}
 }
@@ -143,7 +253,7 @@ func (w *Writer) index(s *staging, pfns []uint64) error {
 			entry = slotEntry(block, s.slots[i])
 			if kept < len(s.kept) && s.kept[kept] == i {
 				kept++
-				w.dup.add(&s.sums[i], entry)
+				w.dup.add(s.sumOf(i), s.prints[i], entry)
 				break
 			}
 			fallthrough
@@ -161,13 +271,39 @@ func (w *Writer) index(s *staging, pfns []uint64) error {
 	return nil
 }
 
-// compress returns the bytes, in room, or as they are if that does not pay.
-func compress(room, raw []byte) (stored []byte, codec byte) {
-	stored = s2.Encode(room, raw)
-	if len(stored) > len(raw)/8*7 { // not worth the time that reading it back would take
-		return raw, codecRaw
+// compress returns the bytes of the pages that get a slot, compressed, or as they are if
+// that does not pay.
+func (s *staging) compress() (stored [][]byte, codec byte) {
+	if s.hopeless {
+		return s.pages, codecRaw
 	}
-	return stored, codecS2
+	s.raw = s.raw[:0]
+	for _, page := range s.pages {
+		s.raw = append(s.raw, page...)
+	}
+	b := s2.Encode(s.stored, s.raw)
+	if len(b) > len(s.raw)/8*7 { // not worth the time that reading it back would take
+		return s.pages, codecRaw
+	}
+	s.single[0] = b
+	return s.single[:], codecS2
+}
+
+// sampleStride: one page of so many tells whether to compress the others.
+const sampleStride = 16
+
+// hopeless tells whether nothing would come of compressing a block, by samples: to go
+// through all of it would be to copy it.
+func hopeless(pages [][]byte) bool {
+	if len(pages) < 2*sampleStride {
+		return false
+	}
+	for i := sampleStride / 2; i < len(pages); i += sampleStride {
+		if s2.EstimateBlockSize(pages[i]) >= 0 {
+			return false
+		}
+	}
+	return true
 }
 
 var zeroPage [PageSize]byte

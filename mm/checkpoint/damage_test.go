@@ -305,7 +305,7 @@ func TestUnusedBytes(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.mu.Lock()
-	at := w.out.add([]byte("what is this?"), 0)
+	at := w.out.add(0, []byte("what is this?"))
 	w.mu.Unlock()
 	if err := w.Commit(); err != nil {
 		t.Fatal(err)

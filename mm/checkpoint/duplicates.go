@@ -4,10 +4,15 @@ import (
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/rand"
+	"hash/maphash"
 )
 
-// duplicates finds pages whose like is in the file already, by a sum of 16
-// bytes. Its memory is bounded: what falls out of it is written again.
+// duplicates finds pages whose like is in the file already. Its memory is bounded: what
+// falls out of it is written again.
+//
+// A page is known by a sum of 16 bytes, or else by a print: a hash of some words of it,
+// at places that nobody knows, which costs a tenth. Pages with equal prints need not be
+// equal, and are compared; those with equal sums are equal.
 //
 // The sum is GMAC with a key and nonce that nobody knows and that are never used
 // again: a polynomial over GF(2^128), evaluated at a secret point. That two pages
@@ -16,19 +21,40 @@ import (
 // learn that two were equal. So equal sums are equal pages, and need not be read
 // back to be compared.
 type duplicates struct {
-	gmac  cipher.AEAD
-	nonce []byte
+	gmac   cipher.AEAD
+	nonce  []byte
+	seed   maphash.Seed
+	places [printWords]int // of the words of a print
 
-	// By the low bits of the sum; both guarded by the Writer's mu.
-	sums  []pageSum
-	slots []uint32 // 0: none
+	// By the low bits of the sum, and of the print, some behind each other in the order in
+	// which they came, the newest first; both guarded by the Writer's mu.
+	summed  [][ways]summedPage
+	printed [][ways]printedPage
 }
 
-type pageSum [16]byte
+type (
+	pageSum   [16]byte
+	pagePrint uint64
+
+	// summedPage is a page that was added, by its sum.
+	summedPage struct {
+		sum  pageSum
+		slot uint32 // 0: none
+	}
+	// printedPage is a page that was added, by its print.
+	printedPage struct {
+		print uint32 // its upper half
+		slot  uint32 // 0: none
+		alone bool   // its sum is not known
+	}
+)
 
 const (
 	minDuplicates = 1 << 10
-	maxDuplicates = 1 << 20 // 20 MiB
+	maxDuplicates = 1 << 20 // 32 MiB
+	ways          = 4
+
+	printWords = 8
 )
 
 // newDuplicates is for a memory of so many pages.
@@ -37,10 +63,10 @@ func newDuplicates(pages uint64) (*duplicates, error) {
 	for n < pages && n < maxDuplicates {
 		n *= 2
 	}
-	d := &duplicates{sums: make([]pageSum, n), slots: make([]uint32, n)}
-	secret := make([]byte, 32)
+	d := &duplicates{summed: make([][ways]summedPage, n/ways), printed: make([][ways]printedPage, n/ways), seed: maphash.MakeSeed()}
+	secret := make([]byte, 32+printWords)
 	rand.Read(secret) // never fails
-	block, err := aes.NewCipher(secret)
+	block, err := aes.NewCipher(secret[:32])
 	if err != nil {
 		return nil, err
 	}
@@ -49,23 +75,63 @@ func newDuplicates(pages uint64) (*duplicates, error) {
 	}
 	d.nonce = make([]byte, d.gmac.NonceSize())
 	rand.Read(d.nonce)
+	const stretch = PageSize / printWords
+	for i := range d.places {
+		d.places[i] = i*stretch + int(secret[32+i])%(stretch/8)*8
+	}
 	return d, nil
 }
 
 // sum computes the sum of a page. It may be called from several goroutines.
 func (d *duplicates) sum(into *pageSum, page []byte) { d.gmac.Seal(into[:0], d.nonce, nil, page) }
 
+// print computes the print of a page. It may be called from several goroutines.
+func (d *duplicates) print(page []byte) pagePrint {
+	var words [printWords * 8]byte
+	for i, at := range d.places {
+		copy(words[i*8:], page[at:at+8])
+	}
+	return pagePrint(maphash.Bytes(d.seed, words[:]))
+}
+
 // find returns the slot that holds a page of that sum, or 0.
 func (d *duplicates) find(sum *pageSum) uint32 {
-	if i := d.place(sum); d.sums[i] == *sum {
-		return d.slots[i]
+	like := d.like(sum)
+	for i := range like {
+		if p := &like[i]; p.slot != 0 && p.sum == *sum {
+			return p.slot
+		}
 	}
 	return 0
 }
 
-func (d *duplicates) add(sum *pageSum, slot uint32) {
-	i := d.place(sum)
-	d.sums[i], d.slots[i] = *sum, slot
+// findPrint returns the slot that holds a page of that print, or 0, and whether it is known
+// by the print alone.
+func (d *duplicates) findPrint(print pagePrint) (slot uint32, alone bool) {
+	for _, p := range d.likePrint(print) {
+		if p.slot != 0 && p.print == uint32(print>>32) {
+			return p.slot, p.alone
+		}
+	}
+	return 0, false
 }
 
-func (d *duplicates) place(sum *pageSum) uint64 { return le.Uint64(sum[:]) % uint64(len(d.sums)) }
+// add adds a page. sum is nil if it is to be known by its print alone.
+func (d *duplicates) add(sum *pageSum, print pagePrint, slot uint32) {
+	like := d.likePrint(print)
+	copy(like[1:], like[:])
+	like[0] = printedPage{print: uint32(print >> 32), slot: slot, alone: sum == nil}
+	if sum != nil {
+		like := d.like(sum)
+		copy(like[1:], like[:])
+		like[0] = summedPage{sum: *sum, slot: slot}
+	}
+}
+
+func (d *duplicates) like(sum *pageSum) *[ways]summedPage {
+	return &d.summed[le.Uint64(sum[:])%uint64(len(d.summed))]
+}
+
+func (d *duplicates) likePrint(print pagePrint) *[ways]printedPage {
+	return &d.printed[uint64(print)%uint64(len(d.printed))]
+}

@@ -31,6 +31,10 @@ type CreateOptions struct {
 	Parent string
 	// Pages is about how many pages the file will hold, for whom they are few; 0: all.
 	Pages uint64
+	// NoFlush has Commit return without waiting until the file is on disk, as QEMU's
+	// no-flush: after a power failure it may be damaged, which whoever opens or reads
+	// it is told then. Nothing that the new file replaces may be deleted before it is.
+	NoFlush bool
 }
 
 // Writer makes a checkpoint file. Its methods may be called from several
@@ -109,10 +113,10 @@ func create(path string, o CreateOptions) (*Writer, error) {
 	if err != nil {
 		return nil, advise(err)
 	}
-	w.out.init(file, &w.mu)
+	w.out.init(file, o.NoFlush, &w.mu)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.out.add(head, 0)
+	w.out.add(0, head)
 	return w, nil
 }
 
@@ -242,7 +246,7 @@ func (w *Writer) Section(name string, version uint32, data []byte) error {
 	if slices.ContainsFunc(w.dir.sections, same) || len(w.dir.sections) >= maxCount {
 		return fmt.Errorf("%w %s: section %q is there already, or %d others", ErrWrite, w.path, name, maxCount)
 	}
-	s.extent = w.out.add(stored, sum)
+	s.extent = w.out.add(sum, stored)
 	w.dir.sections = append(w.dir.sections, s)
 	return w.failed()
 }
@@ -282,7 +286,7 @@ func (w *Writer) set(pfn uint64, entry uint32) error {
 }
 
 // Commit completes the file and gives it its name. The file and its directory
-// are on disk when it returns. After an error nothing is left.
+// are on disk when it returns, but for NoFlush. After an error nothing is left.
 func (w *Writer) Commit() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -303,15 +307,17 @@ func (w *Writer) commit() error {
 	w.addBlockIndex()
 	w.addPageIndex()
 	b := w.dir.encode()
-	where := w.out.add(b, checksum(b))
+	where := w.out.add(checksum(b), b)
 	f := footer{id: w.header.id, directory: where, size: where.end() + footerSize}
-	w.out.add(f.encode(), 0)
+	w.out.add(0, f.encode())
 	if err := w.out.finish(); err != nil {
 		return err
 	}
-	file := w.out.file
-	if err := file.Sync(); err != nil {
-		return err
+	file, flush := w.out.file, !w.out.noFlush
+	if flush {
+		if err := file.Sync(); err != nil {
+			return err
+		}
 	}
 	// Not over a file that came meanwhile.
 	err := unix.Renameat2(unix.AT_FDCWD, file.Name(), unix.AT_FDCWD, w.path, unix.RENAME_NOREPLACE)
@@ -322,7 +328,9 @@ func (w *Writer) commit() error {
 		return err
 	}
 	w.out.file, w.out.err = nil, errEnded
-	err = errors.Join(file.Close(), syncDirectory(filepath.Dir(w.path)))
+	if err = file.Close(); flush {
+		err = errors.Join(err, syncDirectory(filepath.Dir(w.path)))
+	}
 	if err != nil {
 		os.Remove(w.path)
 	}
@@ -359,7 +367,7 @@ func (w *Writer) addBlockIndex() {
 			raw = chunk[i].append(raw)
 		}
 		stored = s2.Encode(stored[:cap(stored)], raw)
-		w.dir.blockChunks = append(w.dir.blockChunks, w.out.add(stored, checksum(stored)))
+		w.dir.blockChunks = append(w.dir.blockChunks, w.out.add(checksum(stored), stored))
 	}
 }
 
@@ -376,7 +384,7 @@ func (w *Writer) addPageIndex() {
 			raw = le.AppendUint32(raw, entry)
 		}
 		b := s2.Encode(stored, raw)
-		w.dir.pageChunks = append(w.dir.pageChunks, w.out.add(b, checksum(b)))
+		w.dir.pageChunks = append(w.dir.pageChunks, w.out.add(checksum(b), b))
 	}
 }
 

@@ -69,7 +69,7 @@ func TestOrder(t *testing.T) {
 			m[pfn] = page(pfn % 1500) // some are duplicates
 			pfns, data = append(pfns, pfn), append(data, m[pfn]...)
 		}
-		if err := w.BlockAt(uint64(order), pfns, data); err != nil {
+		if err := w.BlockAt(uint64(order), pfns, split(data)); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -159,12 +159,18 @@ type saved struct {
 	Touched int64 `json:"-"`
 }
 
-// checkpoint saves Gnomon's machine.
+// checkpoint saves Gnomon's machine. It returns when the file is on disk.
 func (m *machine) checkpoint(ctx context.Context, file, parent, mode string) (*saved, error) {
-	arguments := map[string]any{"job-id": "save", "file": file, "mode": mode}
+	arguments := map[string]any{"file": file, "mode": mode}
 	if parent != "" {
 		arguments["parent"] = parent
 	}
+	return m.checkpointWith(ctx, arguments)
+}
+
+// checkpointWith saves Gnomon's machine.
+func (m *machine) checkpointWith(ctx context.Context, arguments map[string]any) (*saved, error) {
+	arguments["job-id"] = "save"
 	if err := m.qmp.execute("__org.gnomon_checkpoint", arguments, nil, nil); err != nil {
 		return nil, err
 	}

@@ -104,8 +104,9 @@ func (s *saved) throughput() float64 {
 	return float64(s.Touched) / 1e6 / time.Duration(s.Total).Seconds()
 }
 
-// saveQEMU saves QEMU's guest: it stands still from before to after.
-func (h *heavy) saveQEMU(ctx context.Context, file string, program bool) (pause time.Duration, err error) {
+// saveQEMU saves QEMU's guest: it stands still from before to after. flush is how much
+// longer it takes until the file is on disk, for which QEMU does not wait.
+func (h *heavy) saveQEMU(ctx context.Context, file string, program bool) (pause, flush time.Duration, err error) {
 	err = h.during(ctx, func() error {
 		begin := clock()
 		if err := h.qmp.ask("stop"); err != nil {
@@ -115,10 +116,34 @@ func (h *heavy) saveQEMU(ctx context.Context, file string, program bool) (pause 
 			return err
 		}
 		err := h.qmp.ask("cont")
-		pause = clock() - begin
+		if pause = clock() - begin; err != nil {
+			return err
+		}
+		f, err := os.Open(file)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		begin = clock()
+		err = f.Sync()
+		flush = clock() - begin
 		return err
 	})
-	return pause, err
+	return pause, flush, err
+}
+
+// saveStopped saves Gnomon's guest, which stands still, and returns how many MB a second.
+func (h *heavy) saveStopped(ctx context.Context, noFlush bool) (float64, error) {
+	file, err := h.b.scratch("stopped")
+	if err != nil {
+		return 0, err
+	}
+	defer os.Remove(file)
+	s, err := h.checkpointWith(ctx, map[string]any{"file": file, "mode": "stop", "no-flush": noFlush})
+	if err != nil {
+		return 0, err
+	}
+	return s.throughput(), nil
 }
 
 // saving measures the save of a guest with 4 GiB of memory in use, and its
@@ -162,7 +187,7 @@ func (b *bench) saving() experiment {
 				return nil, err
 			}
 			defer os.Remove(file)
-			pause, err := theirs.saveQEMU(ctx, file, program)
+			pause, flush, err := theirs.saveQEMU(ctx, file, program)
 			if err != nil {
 				return nil, err
 			}
@@ -170,10 +195,10 @@ func (b *bench) saving() experiment {
 			if err != nil {
 				return nil, err
 			}
-			f := figures{
-				"pause": milliseconds(pause), "throughput": float64(size) * mib / 1e6 / pause.Seconds(), "stopped": float64(size) * mib / 1e6 / pause.Seconds(),
-				"bytes": float64(st.Size()) / mib,
-			}
+			whole := float64(size) * mib / 1e6
+			f := figures{"pause": milliseconds(pause), "stopped": whole / pause.Seconds(), "bytes": float64(st.Size()) / mib}
+			f["flushed"] = whole / (pause + flush).Seconds()
+			f["throughput"] = f["flushed"]
 			from, fd := "exec:cat "+theirs.file, (*os.File)(nil)
 			if !program {
 				if fd, err = os.Open(theirs.file); err != nil {
@@ -199,15 +224,12 @@ func (b *bench) saving() experiment {
 					return nil, err
 				}
 				f := figures{"pause": float64(s.Pause) / 1e6, "throughput": s.throughput(), "bytes": float64(s.Bytes) / mib}
-				file, err := b.scratch("stopped")
-				if err != nil {
+				if f["stopped"], err = ours.saveStopped(ctx, true); err != nil {
 					return nil, err
 				}
-				defer os.Remove(file)
-				if s, err = ours.checkpoint(ctx, file, "", "stop"); err != nil {
+				if f["flushed"], err = ours.saveStopped(ctx, false); err != nil {
 					return nil, err
 				}
-				f["stopped"] = s.throughput()
 				return f, b.resume(ctx, b.restore(ours.file), f)
 			}},
 			{"QEMU stop, migrate to file", qemu(false)},
@@ -216,8 +238,9 @@ func (b *bench) saving() experiment {
 		promises: []promise{
 			{metric: "pause", text: "pause of a guest of 4 GiB that is saved", unit: "ms", bound: bound{"ratio", "<=", 0.02}},
 			// No bound: QEMU's guest stands still, and leaves both processors to the save.
-			{metric: "throughput", text: "memory saved a second, while the guest runs", unit: "MB/s", higher: true},
-			{metric: "stopped", text: "memory saved a second, while the guest stands still", unit: "MB/s", higher: true, bound: bound{"ratio", ">=", 1}},
+			{metric: "throughput", text: "memory saved a second to the disk, while the guest runs", unit: "MB/s", higher: true},
+			{metric: "flushed", text: "memory saved a second to the disk, while the guest stands still", unit: "MB/s", higher: true, bound: bound{"ratio", ">=", 1}},
+			{metric: "stopped", text: "memory saved a second to a file, not flushed, while the guest stands still", unit: "MB/s", higher: true, bound: bound{"ratio", ">=", 1}},
 			{metric: "bytes", text: "file of a guest with 4 GiB that cannot be compressed", unit: "MiB"},
 			{metric: "first", text: "restore of 4 GiB to the guest's first count", unit: "ms", bound: bound{"ratio", "<=", 0.05}},
 		},

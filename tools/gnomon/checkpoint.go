@@ -58,6 +58,7 @@ machine. gnomon restore starts a machine from the file.`,
 	parent := flags.String("parent", "", "`file` of the checkpoint that this one continues")
 	mode := flags.String("mode", "running", "`how`: running|stop (the machine stands still until the file is complete)")
 	disks := flags.String("disks", "keep", "`what` becomes of disks that can be written: keep|copy|none (they are left to you)")
+	noFlush := flags.Bool("no-flush", false, "do not wait until the file is on disk: it is complete sooner, but a power failure may damage it")
 	output := addOutputFlag(cmd)
 	completeFlag(cmd, "disks", "keep", "copy", "none")
 	completeFlag(cmd, "mode", "running", "stop")
@@ -78,6 +79,9 @@ machine. gnomon restore starts a machine from the file.`,
 			return usageError(errors.New(`--parent "": name the checkpoint that this one continues, or leave out --parent to save everything`))
 		}
 		arguments := map[string]any{"mode": *mode, "disks": *disks, "dismiss-on-disconnect": true}
+		if *noFlush { // which machines of before do not know
+			arguments["no-flush"] = true
+		}
 		for key, path := range map[string]string{"file": *to, "parent": *parent} {
 			if path == "" {
 				continue

@@ -44,6 +44,8 @@ type (
 		Parent *string          `qmp:"parent"`
 		Mode   *checkpointMode  `qmp:"mode"`
 		Disks  *checkpointDisks `qmp:"disks"`
+		// NoFlush has the job end when the file is complete, though not on disk yet.
+		NoFlush *bool `qmp:"no-flush"`
 		// DismissOnDisconnect has the job dismissed when it is concluded and who
 		// started it has hung up: nobody else knows of it.
 		DismissOnDisconnect *bool `qmp:"dismiss-on-disconnect"`
@@ -115,7 +117,7 @@ func (mon *monitor) registerCheckpoint(reg *qmp.Registry) {
 // checkpoint starts the job that saves the machine. The job is dismissed by
 // whoever started it, as QEMU's snapshot-save is.
 func (mon *monitor) checkpoint(session context.Context, s *qmp.Session, a checkpointArguments) (e qmp.Empty, err error) {
-	o := snapshot.SaveOptions{Stop: a.Mode != nil && *a.Mode == modeStop}
+	o := snapshot.SaveOptions{Stop: a.Mode != nil && *a.Mode == modeStop, NoFlush: a.NoFlush != nil && *a.NoFlush}
 	if a.Disks != nil {
 		o.Disks = map[checkpointDisks]snapshot.Disks{disksKeep: snapshot.KeepDisks, disksCopy: snapshot.CopyDisks, disksNone: snapshot.LeaveDisks}[*a.Disks]
 	}

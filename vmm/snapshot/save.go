@@ -70,6 +70,9 @@ type SaveOptions struct {
 	// guest writes before they are saved; 0 means 8192, 32 MiB. With fewer the guest
 	// waits more often.
 	SideCopies int
+	// NoFlush has Save return when the file is complete, though perhaps not on disk
+	// yet: see checkpoint.CreateOptions.
+	NoFlush bool
 	// Progress, where not nil, is told how many bytes of memory are done.
 	Progress func(done, total int64)
 }
@@ -141,7 +144,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 	}
 	mem, tracker := s.m.Memory(), s.m.Dirty()
 	var only *dirty.Bitmap
-	create := checkpoint.CreateOptions{Memory: ranges(mem), Parent: o.Parent}
+	create := checkpoint.CreateOptions{Memory: ranges(mem), Parent: o.Parent, NoFlush: o.NoFlush}
 	if o.Parent != "" {
 		if err := tracker.CollectInto(s.since); err != nil {
 			return nil, err
@@ -154,7 +157,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 		return nil, err
 	}
 	defer w.Abort()
-	c, err := capture.New(mem, capture.Options{SideCopies: o.SideCopies})
+	c, err := capture.New(mem, capture.Options{SideCopies: o.SideCopies, Still: o.Stop})
 	if err != nil {
 		return nil, err
 	}
@@ -265,7 +268,7 @@ func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap, o SaveOptions) (*
 		return c, c.Rearm()
 	}
 	// The guest writes faster than pages can be copied.
-	protecting, err := capture.New(s.m.Memory(), capture.Options{SideCopies: o.SideCopies, Protect: true})
+	protecting, err := capture.New(s.m.Memory(), capture.Options{SideCopies: o.SideCopies, Protect: true, Still: o.Stop})
 	if err != nil {
 		return c, err
 	}

@@ -1,0 +1,163 @@
+package checkpoint
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/mm/guestmem"
+)
+
+// Blocks that are written from where they are come among others that are gathered: each
+// is where the index has it, and calls stay few.
+func TestBlocksOfAllKinds(t *testing.T) {
+	const blocks = 200
+	r := rand.New(rand.NewPCG(3, 3))
+	data := content("random", blocks*blockBytes)
+	for b := range blocks {
+		block := data[b*blockBytes:][:blockBytes]
+		switch r.IntN(4) {
+		case 0: // compresses to little
+			for p := range BlockPages {
+				copy(block[p*PageSize:][:PageSize], bytes.Repeat([]byte(fmt.Sprintf("block %d, page %d. ", b, p)), 300))
+			}
+		case 1: // some of it need not be stored
+			for range 20 {
+				clear(block[r.IntN(BlockPages)*PageSize:][:PageSize])
+			}
+		}
+	}
+	path := filepath.Join(t.TempDir(), "c")
+	w, err := Create(path, CreateOptions{Memory: []guestmem.Range{{Size: uint64(len(data))}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Abort()
+	before := writeCalls(t)
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			// What is given away may be used anew at once.
+			room, pfns := make([]byte, blockBytes), make([]uint64, BlockPages)
+			for b := next.Add(1) - 1; b < blocks; b = next.Add(1) - 1 {
+				copy(room, data[b*blockBytes:])
+				for i := range pfns {
+					pfns[i] = uint64(b*BlockPages) + uint64(i)
+				}
+				if err := w.BlockAt(uint64(b), pfns, split(room)); err != nil {
+					t.Error(err)
+				}
+				clear(room)
+			}
+		})
+	}
+	wg.Wait()
+	if err := w.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	s, calls := w.Stats(), writeCalls(t)-before
+	if most := s.Bytes/(256<<10) + 50; calls > most {
+		t.Errorf("%d writes for %d bytes; at most %d", calls, s.Bytes, most)
+	}
+	m := model{}
+	for pfn := range uint64(blocks * BlockPages) {
+		m[pfn] = data[pfn*PageSize:][:PageSize]
+	}
+	check(t, path, m)
+}
+
+// Pages that come again are found, though nothing compresses, where the first are on
+// their way to the file and where they are in it; pages that almost equal others are not.
+func TestDuplicatesOfRandomPages(t *testing.T) {
+	const pages, blockPages = 64 * BlockPages, 40 // blocks of so many are gathered, not written at once
+	r := rand.New(rand.NewPCG(4, 4))
+	data := split(content("random", pages*PageSize))
+	path := filepath.Join(t.TempDir(), "c")
+	w, err := Create(path, CreateOptions{Memory: []guestmem.Range{{Size: 3 * pages * PageSize}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Abort()
+	m := model{}
+	add := func(first uint64, block [][]byte) {
+		pfns := make([]uint64, len(block))
+		for i := range pfns {
+			pfns[i] = first + uint64(i)
+			m[pfns[i]] = block[i]
+		}
+		if err := w.BlockAt(first, pfns, block); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for at := 0; at < pages; at += blockPages { // each block, and the same at once
+		block := data[at:min(at+blockPages, pages)]
+		add(uint64(at), block)
+		add(uint64(at+pages), block)
+	}
+	others := make([][]byte, pages) // and in another order
+	almost := 0
+	for i, from := range r.Perm(pages) {
+		others[i] = data[from]
+		if i%4 == 0 {
+			others[i] = slices.Clone(data[from])
+			others[i][r.IntN(PageSize)] ^= 1 << r.IntN(8)
+			almost++
+		}
+	}
+	for at := 0; at < pages; at += blockPages {
+		add(uint64(at+2*pages), others[at:min(at+blockPages, pages)])
+	}
+	if err := w.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	// Few of them fall out of the table.
+	if s, most := w.Stats(), int64(2*pages-almost); s.DuplicatePages < most*98/100 || s.DuplicatePages > most {
+		t.Errorf("%d duplicates, at most %d: %+v", s.DuplicatePages, most, s)
+	}
+	check(t, path, m)
+}
+
+// With NoFlush nobody waits for the disk; without it all is there after Commit.
+func TestNoFlush(t *testing.T) {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(t.TempDir(), &fs); err == nil && fs.Type == unix.TMPFS_MAGIC {
+		t.Skip("the directory for temporary files is in memory: nothing is ever on disk")
+	}
+	for _, noFlush := range []bool{false, true} {
+		path := filepath.Join(t.TempDir(), "c")
+		data := content("random", 32<<20)
+		w, err := Create(path, CreateOptions{Memory: []guestmem.Range{{Size: uint64(len(data))}}, NoFlush: noFlush})
+		if err != nil {
+			t.Fatal(err)
+		}
+		addAll(t, w, data)
+		if err := w.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		var cached unix.Cachestat_t
+		switch err := unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{}, &cached, 0); err {
+		case nil:
+		case unix.ENOSYS:
+			t.Skip("this kernel has no cachestat (Linux 6.5)")
+		default:
+			t.Fatal(err)
+		}
+		if waits := cached.Dirty + cached.Writeback; (waits > 0) != noFlush {
+			t.Errorf("NoFlush %v: %d pages are not on disk", noFlush, waits)
+		}
+	}
+}
