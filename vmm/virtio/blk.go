@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -54,6 +55,8 @@ const (
 	// blkFlushCost bytes; a request counts for blkRequestCost more than its data.
 	blkFlushCost   = 256 << 10
 	blkRequestCost = 4 << 10
+	// blkPass is half of the time that the runtime lets pass.
+	blkPass = 5 * time.Millisecond
 )
 
 // Device configuration (section 5.2.4).
@@ -144,8 +147,9 @@ type Blk struct {
 
 // blkQueue is what a worker needs for a request, kept from one to the next.
 type blkQueue struct {
-	chain Chain
-	bufs  [][]byte
+	chain  Chain
+	bufs   [][]byte
+	passed time.Time // when the worker passed the scheduler in Handle
 }
 
 // NewBlk returns a block device over a node, which it does not close.
@@ -348,7 +352,18 @@ func (b *Blk) Handle(q *Queue) error {
 		if cost += blkRequestCost + int(total(bq.bufs)); cost >= blkFlushCost {
 			q.Flush()
 			cost = 0
+			bq.pass()
 		}
+	}
+}
+
+// pass passes the scheduler every now and then: see worker.run. A stream of requests
+// keeps the worker in Handle. To pass it costs about as much as a tenth of a large request,
+// since another thread is woken that might have something to run.
+func (bq *blkQueue) pass() {
+	if now := time.Now(); now.Sub(bq.passed) > blkPass {
+		bq.passed = now
+		runtime.Gosched()
 	}
 }
 
