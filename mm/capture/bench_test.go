@@ -15,7 +15,7 @@ func TestFreezeCountsWhatWasWritten(t *testing.T) {
 	var calls []uint64
 	for _, size := range []uint64{64 << 20, 4 << 30} {
 		m := newMachine(t, []guestmem.Range{{Size: size}})
-		c := newCapture(t, m.mem, Options{SideCopies: 16})
+		c := newCapture(t, m.mem, Options{Side: newSide(t, 16)})
 		if err := c.Arm(nil); err != nil {
 			t.Fatal(err)
 		}

@@ -39,10 +39,10 @@ var (
 
 // Options bound what a capture takes.
 type Options struct {
-	// SideCopies is how many pages may be kept that were written before their
-	// turn came; when so many are, the guest's writes to further ones wait for
-	// the sweeper, which takes those next. 0 means 8192: 32 MiB.
-	SideCopies int
+	// Side is where pages are kept that were written before their turn came; when
+	// there is no more room, the guest's writes to further ones wait for the sweeper,
+	// which takes those next. nil: as NewSide makes by default.
+	Side *Side
 	// Workers is how many goroutines copy pages and hand them to the Writer. 0
 	// means one for each processor, but at most 4.
 	Workers int
@@ -91,6 +91,8 @@ type Capture struct {
 
 	pages  pages
 	isOver atomic.Bool // phase == over
+	// touching is how many calls of Touch may be copying pages.
+	touching atomic.Int64
 
 	// waiting are calls of Touch that wait for the sweeper.
 	waiting struct {
@@ -101,10 +103,11 @@ type Capture struct {
 	// comes when the sweeper gets there.
 	urgent chan uint32
 
-	reader  sync.WaitGroup
-	saving  sync.Mutex // held by Save
-	closing sync.Once
-	closed  error // what Close returns, written once
+	reader   sync.WaitGroup
+	saving   sync.Mutex // held by Save
+	released bool       // guarded by saving: the side is not ours any more
+	closing  sync.Once
+	closed   error // what Close returns; after closing guarded by saving
 
 	count counters
 }
@@ -119,15 +122,18 @@ type region struct {
 // New prepares a capture of mem. It needs a kernel with userfaultfd write
 // protection for shared memory.
 func New(mem *guestmem.Memory, o Options) (*Capture, error) {
-	if o.SideCopies <= 0 {
-		o.SideCopies = 8192
-	}
 	if o.Workers <= 0 {
 		o.Workers = min(4, runtime.GOMAXPROCS(0))
 	}
 	total := mem.Size() / pageSize
-	if total >= 1<<32-1 || o.SideCopies > maxSlots/2 {
-		return nil, fmt.Errorf("%w: %d pages with %d side copies are too many", ErrSetup, total, o.SideCopies)
+	if total >= 1<<32-1 {
+		return nil, fmt.Errorf("%w: %d pages are too many", ErrSetup, total)
+	}
+	side, err := o.Side, error(nil)
+	if side == nil {
+		if side, err = NewSide(0); err != nil {
+			return nil, err
+		}
 	}
 	fd, err := uffd.Open(uffd.FeatureWP | uffd.FeatureWPShmem)
 	if err != nil {
@@ -146,11 +152,11 @@ func New(mem *guestmem.Memory, o Options) (*Capture, error) {
 			host: r.Bytes(), guest: uffd.Address(r.GuestBytes()),
 		})
 	}
-	if err := c.pages.init(total, o.SideCopies); err != nil {
+	if err := side.take(); err != nil {
 		fd.Close()
 		return nil, fmt.Errorf("%w: %w", ErrSetup, err)
 	}
-	runtime.AddCleanup(c, func(side []byte) { _ = unix.Munmap(side) }, c.pages.side)
+	c.pages.init(total, side)
 	return c, nil
 }
 
@@ -231,37 +237,39 @@ func (c *Capture) copyEarly(b *dirty.Bitmap) error {
 	b.Runs(func(pfn, n uint64) {
 		r := c.regionOf(pfn)
 		first := r.firstIndex + pfn - r.firstPFN
-		for i := first; i < first+n && err == nil; i++ {
-			err = c.copyPage(uint32(i))
+		for end := first + n; first < end && err == nil; first += earlyPages {
+			err = c.copyPages(first, min(earlyPages, end-first))
 		}
 	})
 	return err
 }
 
-// copyPage copies a page into its slot, or a new one. It asks the memfd for it: to
-// look at the mapping would fault, and make a page where there is none.
-func (c *Capture) copyPage(i uint32) error {
-	state := &c.pages.state[i]
-	s := state.Load()
-	if s&stateMask != copied {
-		n, ok := c.pages.get()
-		if !ok {
-			n = c.pages.reserved()
-		}
-		s = n<<stateBits | copied
-	}
-	state.Store(s)
-	return c.readPage(i, c.pages.slot(s>>stateBits))
-}
+// earlyPages is how many pages are copied by one system call at most.
+const earlyPages = 64
 
-// readPage reads a page from the memfd.
-func (c *Capture) readPage(i uint32, into []byte) error {
-	n, err := unix.Pread(c.mem.FD(), into, int64(i)*pageSize)
-	if err == nil && n != len(into) {
+// copyPages copies up to earlyPages pages into their slots, or new ones. It asks the memfd
+// for them: to look at the mapping would fault, and make pages where there are none.
+func (c *Capture) copyPages(first, n uint64) error {
+	var slots [earlyPages][]byte
+	for k := range n {
+		state := &c.pages.state[first+k]
+		s := state.Or(0) // no Load: that would be a page fault more, in memory that is new
+		if s&stateMask != copied {
+			slot, ok := c.pages.get()
+			if !ok {
+				slot = c.pages.reserved()
+			}
+			s = slot<<stateBits | copied
+			state.Store(s)
+		}
+		slots[k] = c.pages.slot(s >> stateBits)
+	}
+	got, err := unix.Preadv(c.mem.FD(), slots[:n], int64(first*pageSize))
+	if err == nil && got != int(n*pageSize) {
 		err = io.ErrUnexpectedEOF
 	}
 	if err != nil {
-		return fmt.Errorf("read page %#x: %w", i, err)
+		return fmt.Errorf("read %d pages from %#x: %w", n, first, err)
 	}
 	return nil
 }
@@ -281,7 +289,7 @@ func (c *Capture) Refresh(more *dirty.Bitmap) (bool, error) {
 	case !c.partial: // all pages are to be saved, and writes to them noted
 	case !c.early:
 		err = c.include(more)
-	case more.Count() > uint64(c.pages.room()):
+	case more.Count() > uint64(c.pages.left()):
 		return false, nil
 	default:
 		err = c.copyEarly(more)
@@ -475,7 +483,14 @@ func (c *Capture) Close() error {
 	c.letGo()
 	c.saving.Lock() // Save has ended
 	defer c.saving.Unlock()
-	return errors.Join(c.closed, c.pages.release())
+	if !c.released {
+		c.released = true
+		for c.touching.Load() > 0 { // for as long as it takes to copy a page
+			runtime.Gosched()
+		}
+		c.closed = errors.Join(c.closed, c.pages.room.release())
+	}
+	return c.closed
 }
 
 // letGo ends the capture: no page is kept any more.

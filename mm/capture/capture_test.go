@@ -46,7 +46,7 @@ func TestInstant(t *testing.T) {
 				t.Fatal(err)
 			}
 
-			c := newCapture(t, m.mem, Options{SideCopies: sideCopies})
+			c := newCapture(t, m.mem, Options{Side: newSide(t, sideCopies)})
 			var stop atomic.Bool
 			var stores atomic.Uint64 // that the guest has done
 			var writers sync.WaitGroup
@@ -187,7 +187,7 @@ func TestAllMemoryRewritten(t *testing.T) {
 				}
 			}
 			rewrite(1)
-			c := newCapture(t, m.mem, Options{Workers: 1, SideCopies: sideCopies})
+			c := newCapture(t, m.mem, Options{Workers: 1, Side: newSide(t, sideCopies)})
 			if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
 				t.Fatal(err)
 			}
@@ -411,7 +411,7 @@ func TestSaveFails(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t, layout)
 			m.store(1000, 2000, 1)
-			c := newCapture(t, m.mem, Options{SideCopies: 1})
+			c := newCapture(t, m.mem, Options{Side: newSide(t, 1)})
 			if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
 				t.Fatal(err)
 			}
@@ -459,7 +459,7 @@ func TestSaveFails(t *testing.T) {
 func TestFaultsCannotBeAnswered(t *testing.T) {
 	m := newMachine(t, layout)
 	m.store(1000, 2000, 1)
-	c := newCapture(t, m.mem, Options{SideCopies: 1})
+	c := newCapture(t, m.mem, Options{Side: newSide(t, 1)})
 	if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
 		t.Fatal(err)
 	}
@@ -487,7 +487,7 @@ func TestClose(t *testing.T) {
 	}
 	before := descriptors()
 	for stage := range 4 {
-		c, err := New(m.mem, Options{SideCopies: 1})
+		c, err := New(m.mem, Options{Side: newSide(t, 1)})
 		if errors.Is(err, uffd.ErrOpen) {
 			t.Skip(err)
 		}

@@ -52,7 +52,7 @@ func TestChain(t *testing.T) {
 	var full, armed, kept uint64
 	for _, name := range []string{"full", "first", "second", "third"} {
 		run(rng.Uint64())
-		c := newCapture(t, m.mem, Options{SideCopies: 100})
+		c := newCapture(t, m.mem, Options{Side: newSide(t, 100)})
 		guestStores(30, c)
 		var only, more *dirty.Bitmap
 		if parent != "" {

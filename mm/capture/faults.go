@@ -129,13 +129,21 @@ func (c *Capture) Touch(gpa, n uint64) error {
 
 // touch returns when a page is kept, or needs not be any more.
 func (c *Capture) touch(i uint32) {
-	for !c.isOver.Load() && !c.keep(i, &c.count.copiedByTouch) {
+	for !c.keepTouched(i) {
 		c.waiting.Lock()
 		for !c.isOver.Load() && !writable(c.pages.state[i].Load()) {
 			c.waiting.Wait()
 		}
 		c.waiting.Unlock()
 	}
+}
+
+// keepTouched keeps a page, unless the capture is over, and returns whether it may be
+// written now.
+func (c *Capture) keepTouched(i uint32) bool {
+	c.touching.Add(1) // before it looks, so that Close waits for it
+	defer c.touching.Add(-1)
+	return c.isOver.Load() || c.keep(i, &c.count.copiedByTouch)
 }
 
 func (c *Capture) wakeTouching() {

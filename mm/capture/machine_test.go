@@ -52,6 +52,15 @@ func newMachine(t testing.TB, ranges []guestmem.Range) *machine {
 	return m
 }
 
+func newSide(t testing.TB, copies int) *Side {
+	t.Helper()
+	s, err := NewSide(copies)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
 // newCapture makes a capture that ends with the test. A host without
 // userfaultfd, or that does not let us have it, skips the test.
 func newCapture(t testing.TB, mem *guestmem.Memory, o Options) *Capture {

@@ -2,11 +2,8 @@ package capture
 
 import (
 	"bytes"
-	"fmt"
 	"sync"
 	"sync/atomic"
-
-	"golang.org/x/sys/unix"
 )
 
 // A page's state. From frozen on it changes so:
@@ -37,7 +34,8 @@ const (
 type pages struct {
 	state []atomic.Uint32 // by index
 
-	side []byte // slots
+	side []byte // slots: the bytes of room
+	room *Side
 
 	// extra has the slots behind side; Freeze makes them.
 	extra []byte
@@ -48,24 +46,14 @@ type pages struct {
 	highest int      // guarded by mu: the most slots of side that were in use
 }
 
-func (p *pages) init(total uint64, slots int) (err error) {
+func (p *pages) init(total uint64, room *Side) {
 	p.state = make([]atomic.Uint32, total)
-	// Not Go's memory, which would be cleared, used or not.
-	p.side, err = unix.Mmap(-1, 0, slots*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
-	if err != nil {
-		return fmt.Errorf("room for %d side copies: %w", slots, err)
-	}
-	_ = unix.Madvise(p.side, unix.MADV_HUGEPAGE) // fewer faults, where it is possible
-	p.unused = make([]uint32, slots)
+	p.room, p.side = room, room.bytes
+	p.unused = make([]uint32, len(p.side)/pageSize)
 	for i := range p.unused {
-		p.unused[i] = uint32(slots - 1 - i)
+		p.unused[i] = uint32(len(p.unused) - 1 - i)
 	}
-	return nil
 }
-
-// release gives the memory of the room back. Somebody may still be copying a page
-// there, which nobody will read.
-func (p *pages) release() error { return unix.Madvise(p.side, unix.MADV_DONTNEED) }
 
 // slot is the bytes of a slot.
 func (p *pages) slot(n uint32) []byte {
@@ -90,8 +78,8 @@ func (p *pages) get() (uint32, bool) {
 	return n, true
 }
 
-// room is how many slots of side are free.
-func (p *pages) room() int {
+// left is how many slots of side are free.
+func (p *pages) left() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return len(p.unused)

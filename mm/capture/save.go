@@ -267,7 +267,7 @@ func (s *sweep) work() error {
 		indices := s.sequence[block*BlockPages : min((block+1)*BlockPages, uint64(len(s.sequence)))]
 		s.gather(b, indices)
 		err := s.w.BlockAt(block, b.pfns[:len(indices)], b.pages[:len(indices)])
-		s.settleHeld(b, indices)
+		s.letGo(b, indices)
 		if err != nil {
 			return err
 		}
@@ -279,30 +279,56 @@ func (s *sweep) work() error {
 type sweepBlock struct {
 	pfns  [BlockPages]uint64
 	pages [BlockPages][]byte
-	held  uint64             // a bit for each of them that is busy until it is saved
+	held  uint64             // a bit for each of them that is saved from where it is
 	room  [BlockPages][]byte // for the others
 }
 
-// gather brings the pages of a block together: where the machine stands still they are
-// saved from where they are, and otherwise are copied, so that a writer need not wait for
-// more than that.
+// gather brings the pages of a block together as they were at the instant. Where the machine
+// stands still, and where they were kept, they are saved from where they are, and otherwise
+// are copied, so that who waits to write one need not wait for more than that.
 func (s *sweep) gather(b *sweepBlock, indices []uint32) {
 	for n, i := range indices {
-		if s.still && s.take(i) {
-			r := s.regionAt(i)
-			b.pfns[n], b.pages[n] = r.firstPFN+uint64(i)-r.firstIndex, s.hostPage(i)
+		r := s.regionAt(i)
+		b.pfns[n] = r.firstPFN + uint64(i) - r.firstIndex
+		switch {
+		case !s.take(i):
+			b.pages[n] = s.kept(i)
 			b.held |= 1 << n
-			continue
+		case s.still:
+			b.pages[n] = s.hostPage(i)
+			b.held |= 1 << n
+		default:
+			b.pages[n] = b.room[n]
+			copy(b.pages[n], s.hostPage(i))
+			s.settle(i, free)
+			s.count.swept.Add(1)
 		}
-		b.pfns[n], b.pages[n] = s.fill(i, b.room[n]), b.room[n]
 	}
 }
 
-// settleHeld lets the pages of a block go that gather has held.
-func (s *sweep) settleHeld(b *sweepBlock, indices []uint32) {
+// kept is a page that was kept when somebody wanted to write it. Until it is let go
+// nobody else uses what it was kept in.
+func (s *sweep) kept(i uint32) []byte {
+	if state := s.pages.state[i].Load(); state&stateMask == copied {
+		return s.pages.slot(state >> stateBits)
+	}
+	return zeroPage[:]
+}
+
+// letGo lets the pages of a block go that gather has held.
+func (s *sweep) letGo(b *sweepBlock, indices []uint32) {
 	for ; b.held != 0; b.held &= b.held - 1 {
-		s.settle(indices[bits.TrailingZeros64(b.held)], free)
-		s.count.swept.Add(1)
+		i := indices[bits.TrailingZeros64(b.held)]
+		switch state := s.pages.state[i].Load(); state & stateMask {
+		case copied:
+			s.pages.state[i].Store(free)
+			s.pages.put(state >> stateBits)
+		case zero:
+			s.pages.state[i].Store(free)
+		default: // busy
+			s.settle(i, free)
+			s.count.swept.Add(1)
+		}
 	}
 }
 
@@ -326,30 +352,6 @@ func (s *sweep) pick() (uint64, bool) {
 			return block, true
 		}
 	}
-}
-
-// fill copies a page as it was at the instant into its place in a block, lets
-// who waits write it, and returns its number.
-func (s *sweep) fill(i uint32, into []byte) uint64 {
-	r := s.regionAt(i)
-	pfn := r.firstPFN + uint64(i) - r.firstIndex
-	if s.take(i) {
-		copy(into, s.hostPage(i))
-		s.settle(i, free)
-		s.count.swept.Add(1)
-		return pfn
-	}
-	switch kept := s.pages.state[i].Load(); kept & stateMask {
-	case copied:
-		slot := kept >> stateBits
-		copy(into, s.pages.slot(slot))
-		s.pages.state[i].Store(free)
-		s.pages.put(slot)
-	case zero:
-		clear(into)
-		s.pages.state[i].Store(free)
-	}
-	return pfn
 }
 
 func (s *sweep) report(pages uint64) {

@@ -25,6 +25,9 @@ type staging struct {
 	single   [1][]byte
 }
 
+// stagings serve one checkpoint after the other.
+var stagings = sync.Pool{New: newStaging}
+
 func newStaging() any {
 	return &staging{kept: make([]int, 0, BlockPages), pages: make([][]byte, 0, BlockPages), raw: make([]byte, 0, blockBytes), stored: make([]byte, s2.MaxEncodedLen(blockBytes))}
 }
@@ -69,8 +72,11 @@ func (w *Writer) BlockAt(order uint64, pfns []uint64, pages [][]byte) error {
 			return w.fail(fmt.Errorf("page %#x is not RAM", pfn))
 		}
 	}
-	s := w.staging.Get().(*staging)
-	defer w.staging.Put(s)
+	s := stagings.Get().(*staging)
+	defer func() {
+		clear(s.pages)
+		stagings.Put(s)
+	}()
 
 	w.findEqual(s, pages)
 	s.gather(pages)

@@ -60,7 +60,7 @@ func (o *output) add(sum uint32, parts ...[]byte) extent {
 		case o.buf == nil && n > 0:
 			o.buf, o.free = o.free[n-1], o.free[:n-1]
 		case o.buf == nil && o.made < maxBuffers:
-			o.buf = make([]byte, 0, bufferSize)
+			o.buf = buffers.Get().(*[bufferSize]byte)[:0]
 			o.made++
 		case o.buf == nil:
 			o.changed.Wait()
@@ -188,6 +188,18 @@ func (o *output) finish() error {
 	}
 	o.write()
 	return o.err
+}
+
+// buffers serve one checkpoint after the other.
+var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
+
+// recycle lets others use the buffers, once nothing is going to be added.
+func (o *output) recycle() {
+	for _, b := range o.free {
+		buffers.Put((*[bufferSize]byte)(b[:bufferSize]))
+	}
+	o.made -= len(o.free)
+	o.free = nil
 }
 
 func total(parts [][]byte) int {

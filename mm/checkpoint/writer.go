@@ -46,7 +46,6 @@ type Writer struct {
 	header  header
 	layout  *layout
 	dup     *duplicates
-	staging sync.Pool // of *staging
 	calls   atomic.Uint64
 
 	mu     sync.Mutex // guards everything below
@@ -92,7 +91,6 @@ func create(path string, o CreateOptions) (*Writer, error) {
 		header: header{id: newID(), ranges: l.ranges},
 		pages:  make([][]uint32, l.chunks()),
 	}
-	w.staging.New = newStaging
 	if o.Parent != "" {
 		if err := w.setParent(o.Parent); err != nil {
 			return nil, err
@@ -278,10 +276,10 @@ func (w *Writer) set(pfn uint64, entry uint32) error {
 		chunk = make([]uint32, chunkPages)
 		w.pages[i/chunkPages] = chunk
 	}
-	if chunk[i%chunkPages] != entryInherit {
+	// At once: in memory that is new, to read before is a page fault more.
+	if atomic.SwapUint32(&chunk[i%chunkPages], entry) != entryInherit {
 		return w.failLocked(fmt.Errorf("page %#x was there before", pfn))
 	}
-	chunk[i%chunkPages] = entry
 	return nil
 }
 
@@ -298,6 +296,7 @@ func (w *Writer) Commit() error {
 		}
 	}
 	w.remove()
+	w.out.recycle()
 	return err
 }
 
@@ -394,6 +393,7 @@ func (w *Writer) Abort() {
 	defer w.mu.Unlock()
 	w.ended = true
 	w.remove()
+	w.out.recycle()
 }
 
 // remove removes the file unless it has its name; mu is held.

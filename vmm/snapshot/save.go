@@ -107,6 +107,7 @@ type Saver struct {
 	// since are pages written since the last checkpoint that an attempt at its
 	// child collected and did not save; guarded by mu.
 	since *dirty.Bitmap
+	side  *capture.Side // guarded by mu; see sideOf
 }
 
 // orderShare: a child of more than this part of the pages has them put in order anew.
@@ -157,7 +158,11 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 		return nil, err
 	}
 	defer w.Abort()
-	c, err := capture.New(mem, capture.Options{SideCopies: o.SideCopies, Still: o.Stop})
+	side, err := s.sideOf(o)
+	if err != nil {
+		return nil, err
+	}
+	c, err := capture.New(mem, capture.Options{Side: side, Still: o.Stop})
 	if err != nil {
 		return nil, err
 	}
@@ -268,11 +273,27 @@ func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap, o SaveOptions) (*
 		return c, c.Rearm()
 	}
 	// The guest writes faster than pages can be copied.
-	protecting, err := capture.New(s.m.Memory(), capture.Options{SideCopies: o.SideCopies, Protect: true, Still: o.Stop})
+	side, err := s.sideOf(o)
+	if err := errors.Join(err, c.Close()); err != nil {
+		return c, err
+	}
+	protecting, err := capture.New(s.m.Memory(), capture.Options{Side: side, Protect: true, Still: o.Stop})
 	if err != nil {
 		return c, err
 	}
-	return protecting, errors.Join(c.Close(), protecting.Arm(s.since))
+	return protecting, protecting.Arm(s.since)
+}
+
+// sideOf is where a save keeps pages aside: the same for all that do not say how much room
+// there is to be. mu is held.
+func (s *Saver) sideOf(o SaveOptions) (side *capture.Side, err error) {
+	if o.SideCopies != 0 {
+		return capture.NewSide(o.SideCopies)
+	}
+	if s.side == nil {
+		s.side, err = capture.NewSide(0)
+	}
+	return s.side, err
 }
 
 // freeze pauses the machine, takes its state and makes its memory of this
