@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -55,8 +54,6 @@ const (
 	// blkFlushCost bytes; a request counts for blkRequestCost more than its data.
 	blkFlushCost   = 256 << 10
 	blkRequestCost = 4 << 10
-	// blkPass is half of the time that the runtime lets pass.
-	blkPass = 5 * time.Millisecond
 )
 
 // Device configuration (section 5.2.4).
@@ -147,9 +144,9 @@ type Blk struct {
 
 // blkQueue is what a worker needs for a request, kept from one to the next.
 type blkQueue struct {
-	chain  Chain
-	bufs   [][]byte
-	passed time.Time // when the worker passed the scheduler in Handle
+	chain Chain
+	bufs  [][]byte
+	passer
 }
 
 // NewBlk returns a block device over a node, which it does not close.
@@ -250,7 +247,7 @@ func (b *Blk) Start(features uint64, queues []*Queue, host Host) error {
 	if b.cfg.Depth > 1 {
 		b.lanes = make([]*blkLanes, len(queues))
 		for i, q := range queues {
-			b.lanes[i] = &blkLanes{blk: b, queue: q}
+			b.lanes[i] = newBlkLanes(b, q)
 		}
 	}
 	return nil
@@ -322,11 +319,13 @@ func (b *Blk) writeThrough() bool {
 
 // Handle serves requests until the queue is empty, or has lanes serve them.
 func (b *Blk) Handle(q *Queue) error {
+	var mate *blkMate
 	if b.lanes != nil {
-		if l := b.lanes[q.Index()]; block.Waits(b.cfg.Node) || (q.aside || q.begun > 0) && l.underWay() {
+		l := b.lanes[q.Index()]
+		if block.Waits(b.cfg.Node) || (q.aside || q.begun > 0) && l.underWay() {
 			return l.serve()
 		}
-		q.aside = false
+		q.aside, mate = false, &l.mate
 	}
 	bq := b.queues[q.Index()]
 	cost := 0
@@ -335,8 +334,19 @@ func (b *Blk) Handle(q *Queue) error {
 			return nil
 		}
 		ok, err := q.Pop(&bq.chain)
-		if err != nil || !ok {
+		switch {
+		case err != nil:
 			return err
+		case !ok && mate != nil && mate.ready():
+			if err := mate.serve(); err != nil {
+				return err
+			}
+			bq.pass()
+			continue
+		case !ok:
+			return nil
+		case mate != nil && mate.takes(bq):
+			continue
 		}
 		written, err := b.request(bq)
 		if err == errRetry {
@@ -354,16 +364,6 @@ func (b *Blk) Handle(q *Queue) error {
 			cost = 0
 			bq.pass()
 		}
-	}
-}
-
-// pass passes the scheduler every now and then: see worker.run. A stream of requests
-// keeps the worker in Handle. To pass it costs about as much as a tenth of a large request,
-// since another thread is woken that might have something to run.
-func (bq *blkQueue) pass() {
-	if now := time.Now(); now.Sub(bq.passed) > blkPass {
-		bq.passed = now
-		runtime.Gosched()
 	}
 }
 
@@ -415,13 +415,7 @@ func lastByte(bufs []Buffer) *byte {
 
 // writeLen is the length of all that the driver lets us write. The status is
 // at its end, so that is how much we say we wrote.
-func writeLen(c *Chain) uint32 {
-	n := uint64(0)
-	for i := range c.Write {
-		n += uint64(len(c.Write[i].Data))
-	}
-	return uint32(min(n, 1<<32-1))
-}
+func writeLen(c *Chain) uint32 { return uint32(min(c.writable(), 1<<32-1)) }
 
 // header copies the request's header, however the driver split it, and keeps in
 // bq.bufs the data for the device that follows it.

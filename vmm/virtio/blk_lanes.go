@@ -21,6 +21,8 @@ type blkLanes struct {
 	ring *aio.Ring // the worker's; nil: there is none
 	made bool      // it was tried to make one; the worker's
 
+	mate blkMate // for a node whose requests do not wait
+
 	mu     sync.Mutex
 	free   []*blkLane // guarded by mu
 	all    int        // lanes there are; guarded by mu
@@ -227,6 +229,7 @@ func (l *blkLanes) end() {
 		}
 	}
 	l.free = nil
+	l.mate.end()
 	if l.ring != nil {
 		_ = l.ring.Close() // nothing is under way that could be lost
 	}

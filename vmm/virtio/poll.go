@@ -1,10 +1,6 @@
 package virtio
 
-import (
-	"time"
-
-	"golang.org/x/sys/unix"
-)
+import "time"
 
 // A thread that sleeps takes tens of microseconds to wake, far longer than most
 // requests take. So after work a worker looks for more for a while, with kicks
@@ -64,7 +60,7 @@ func (p *poller) spin(w *worker, news bool) bool {
 		}
 		if q.begun > 0 {
 			// Threads of the kernel may need the processor to end what is waited for.
-			_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+			yield()
 		}
 	}
 }

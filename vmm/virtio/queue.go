@@ -53,6 +53,14 @@ func (c *Chain) reset() {
 	c.Read, c.Write, c.count = c.Read[:0], c.Write[:0], 0
 }
 
+// writable is how many bytes the driver lets the device write.
+func (c *Chain) writable() (n uint64) {
+	for i := range c.Write {
+		n += uint64(len(c.Write[i].Data))
+	}
+	return n
+}
+
 // QueueState is what survives a checkpoint of one queue: how the driver set it
 // up, and how far the device got.
 type QueueState struct {

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -193,6 +194,24 @@ func (w *worker) run() {
 		w.state.Store(workerRunning)
 	}
 }
+
+// passer passes the scheduler now and then, for who makes system calls for long: see run.
+// To do so each time would cost too much, since another thread is woken that might have
+// something to run.
+type passer struct{ last time.Time }
+
+// passEvery is half of what the runtime's monitor lets be.
+const passEvery = 5 * time.Millisecond
+
+func (p *passer) pass() {
+	if now := time.Now(); now.Sub(p.last) > passEvery {
+		p.last = now
+		runtime.Gosched()
+	}
+}
+
+// yield gives the processor to another thread that needs it.
+func yield() { _, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
 
 // serve calls Handle until there is nothing to do. It returns true when the
 // gate wants the worker out before that is certain, and nothing is under way that Handle
