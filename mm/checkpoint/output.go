@@ -13,8 +13,11 @@ const (
 	// more are promised than one for each so many.
 	writeSize  = 1 << 20
 	directSize = blockBytes
-	// flushSize is of how much the kernel is asked at a time to begin to put it on disk.
+	// flushSize and flushMost are of how much the kernel is asked at a time to begin to
+	// put it on disk, lateFlush from how much on where nobody waits for that.
 	flushSize = 8 << 20
+	flushMost = 32 << 20
+	lateFlush = 512 << 20
 	// maxBuffers is how many buffers there may be: one that is written, one that waits,
 	// and one that is filled. Each takes a block more than is needed to write it.
 	maxBuffers = 3
@@ -29,19 +32,21 @@ type output struct {
 
 	mu *sync.Mutex // guards everything below
 
-	file    *os.File   // nil when it has its name, or is gone; err is not nil then
-	err     error      // the first of a write; nothing is written after it
-	end     uint64     // the size of the file with all that was added
-	buf     []byte     // what was added last; nil: no buffer is at hand
-	full    [][]byte   // what was added before it and is not being written yet
-	free    [][]byte   // buffers without use
-	made    int        // how many there are in all
-	writing bool       // somebody writes
-	parts   [][]byte   // what they write at the moment: the end of what is before offset
-	offset  uint64     // up to where the file is written, or being written
-	flushed uint64     // up to where the kernel was asked to put it on disk
-	changed *sync.Cond // there is a free buffer, or writing is over
-	writes  int64      // system calls
+	file     *os.File   // nil when it has its name, or is gone; err is not nil then
+	err      error      // the first of a write; nothing is written after it
+	end      uint64     // the size of the file with all that was added
+	buf      []byte     // what was added last; nil: no buffer is at hand
+	full     [][]byte   // what was added before it and is not being written yet
+	free     [][]byte   // buffers without use
+	made     int        // how many there are in all
+	writing  bool       // somebody writes
+	parts    [][]byte   // what they write at the moment: the end of what is before offset
+	offset   uint64     // up to where the file is written, or being written
+	written  uint64     // up to where it is written
+	flushed  uint64     // up to where the kernel was asked to put it on disk
+	flushing bool       // flush runs
+	changed  *sync.Cond // there is a free buffer, or writing is over
+	writes   int64      // system calls
 }
 
 func (o *output) init(file *os.File, noFlush bool, mu *sync.Mutex) {
@@ -130,21 +135,10 @@ func (o *output) writeOnce(behind [][]byte) {
 	o.full = nil
 	o.parts = append(append(o.parts[:0], full...), behind...)
 	o.offset += uint64(total(o.parts))
-	if end := o.offset; o.err == nil {
-		file, parts, from := o.file, o.parts, o.flushed
-		flush := !o.noFlush && end-from >= flushSize
-		if flush {
-			o.flushed = end
-		}
+	if o.err == nil {
+		file, parts := o.file, o.parts
 		o.mu.Unlock()
 		err := writeAt(file, parts, int64(at))
-		if flush {
-			// On its way to the disk while the rest is compressed, so that Commit, which
-			// waits for all of it, need not begin there. If that cannot be, nothing is lost.
-			_ = control(file, func(fd int) error {
-				return unix.SyncFileRange(fd, int64(from), int64(end-from), unix.SYNC_FILE_RANGE_WRITE)
-			})
-		}
 		o.mu.Lock()
 		o.writes++
 		if o.err == nil {
@@ -153,10 +147,42 @@ func (o *output) writeOnce(behind [][]byte) {
 	}
 	clear(o.parts)
 	o.parts = o.parts[:0]
+	if o.written = o.offset; !o.flushing && o.mayFlush() {
+		o.flushing = true
+		go o.flush()
+	}
 	for _, b := range full {
 		o.free = append(o.free, b[:0])
 	}
 	o.changed.Broadcast()
+}
+
+// mayFlush tells whether enough is written for the kernel to be asked to put it on disk.
+func (o *output) mayFlush() bool {
+	return o.err == nil && o.written >= o.flushed+flushSize && (!o.noFlush || o.written > lateFlush)
+}
+
+// flush has the kernel put on disk what is written, while the rest is made, so that
+// Commit, which waits for all of it, need not begin there, and the kernel need not hold up
+// who writes. If that cannot be, nothing is lost. It is called without the lock.
+func (o *output) flush() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	defer func() { o.flushing = false }()
+	for o.mayFlush() {
+		file, from := o.file, o.flushed
+		length := min(o.written-from, flushMost)
+		o.flushed += length
+		o.mu.Unlock()
+		// Which waits where the disk has enough to do already.
+		err := control(file, func(fd int) error {
+			return unix.SyncFileRange(fd, int64(from), int64(length), unix.SYNC_FILE_RANGE_WRITE)
+		})
+		o.mu.Lock()
+		if err != nil {
+			return
+		}
+	}
 }
 
 // unwritten is what was added at a place of the file and behind it, up to the end of the
