@@ -12,6 +12,13 @@ var _ block.Resizer = (*Node)(nil)
 
 // Resize implements block.Resizer.
 func (n *Node) Resize(size int64) error {
+	return n.Extend(size, func() error { return nil })
+}
+
+// Extend is Resize to size, with the disk's new end filled by fill, if it becomes larger.
+// The file has the new size when that has succeeded, and the old one, with what fill
+// wrote given back, when it has not.
+func (n *Node) Extend(size int64, fill func() error) error {
 	var err error
 	switch old := n.Size(); {
 	case n.w == nil:
@@ -19,7 +26,7 @@ func (n *Node) Resize(size int64) error {
 	case size < 0 || size%sector != 0:
 		err = fmt.Errorf("%w: virtual size %d: multiples of 512 are possible", ErrHeader, size)
 	case size > old:
-		err = n.grow(old, size)
+		err = n.grow(old, size, fill)
 	case size < old:
 		err = n.shrink(old, size)
 	}
@@ -63,7 +70,7 @@ func (n *Node) writeSize(size int64) error {
 	return nil
 }
 
-func (n *Node) grow(old, size int64) error {
+func (n *Node) grow(old, size int64, fill func() error) error {
 	if err := n.beginResize(); err != nil {
 		return err
 	}
@@ -92,10 +99,35 @@ func (n *Node) grow(old, size int64) error {
 			return errors.Join(err, n.setSize(old))
 		}
 	}
-	if err := n.Flush(); err != nil {
-		return errors.Join(err, n.setSize(old))
+	err := fill()
+	if err == nil {
+		err = n.Flush()
+	}
+	if err != nil {
+		return errors.Join(err, n.takeBack(old, size))
 	}
 	return n.writeSize(size)
+}
+
+// takeBack ends a growth that failed. What was written behind the old end is of no use,
+// and its space is given back before anything is written: there may be no other.
+func (n *Node) takeBack(old, size int64) error {
+	cluster := n.header.ClusterSize()
+	for off := (old + cluster - 1) / cluster * cluster; off < size; {
+		e, epoch, err := n.lookup(off, size-off)
+		if err != nil {
+			return err
+		}
+		if e.kind == data {
+			err = n.file.Discard(e.host, e.length)
+		}
+		n.leave(epoch)
+		if err != nil {
+			return err
+		}
+		off += e.length
+	}
+	return n.shrink(size, old)
 }
 
 // growL1 puts a larger L1 table at the file's end.

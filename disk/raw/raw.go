@@ -81,7 +81,10 @@ func explain(path string, readOnly, direct bool, err error) error {
 	case direct && errors.Is(err, unix.EINVAL):
 		return fmt.Errorf("disk %s: %w: its file system has none: use cache=writeback, or another file system: %w", path, aio.ErrDirect, err)
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("disk %s does not exist: check the path, or create it (truncate -s 1G %s): %w", path, path, fs.ErrNotExist)
+		if path == "" {
+			return fmt.Errorf("the name of a disk is empty: %w", fs.ErrNotExist)
+		}
+		return fmt.Errorf("disk %s does not exist: check the path: %w", path, fs.ErrNotExist)
 	case errors.Is(err, fs.ErrPermission) && !readOnly:
 		return fmt.Errorf("disk %s: no permission to write it: change its owner or mode, or open it with readonly=on: %w", path, fs.ErrPermission)
 	}
@@ -324,29 +327,6 @@ func ignoringEINTR(f func() error) error {
 
 // Size implements block.Node.
 func (n *Node) Size() int64 { return n.size.Load() }
-
-// Resize implements block.Resizer; a block device has the size that it has.
-func (n *Node) Resize(size int64) error {
-	if n.readOnly {
-		return block.ErrReadOnly
-	}
-	if err := n.file.Truncate(size); err != nil {
-		return err
-	}
-	n.size.Store(size)
-	return nil
-}
-
-// Allocate has the host's file system keep space for a range; what it holds stays.
-func (n *Node) Allocate(off, length int64) error {
-	if err := n.checkWrite(off, length); err != nil {
-		return err
-	}
-	if err := n.fallocate(0, off, length); err != nil {
-		return fmt.Errorf("disk %s: allocate %d bytes at %d: %w", n.file.Name(), length, off, err)
-	}
-	return nil
-}
 
 // Grow makes room for a format that keeps its image in the file: the disk is at
 // least size bytes long, whole sectors, and the file becomes so when it is written.

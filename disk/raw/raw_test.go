@@ -380,7 +380,7 @@ func TestOpenErrors(t *testing.T) {
 		path, says string
 		is         error
 	}{
-		{filepath.Join(dir, "none"), "truncate -s", os.ErrNotExist},
+		{filepath.Join(dir, "none"), "check the path", os.ErrNotExist},
 		{dir, "", nil},
 		{fifo, "neither a regular file nor a block device", nil},
 		{"/dev/null", "neither a regular file nor a block device", nil},

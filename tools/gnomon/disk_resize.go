@@ -60,19 +60,23 @@ func resize(cmd *cobra.Command, n block.Node, m *manner, text string, shrink boo
 		return usageError(fmt.Errorf("%s has %d bytes: to make it smaller loses what lies behind byte %d, which --shrink permits", n.Info().Filename, old, size))
 	}
 	file, isRaw := n.(*raw.Node)
-	if preallocation == "falloc" && !isRaw {
+	fill := func() error { return nil }
+	switch {
+	case preallocation == "falloc" && !isRaw:
 		return usageError(fmt.Errorf("--preallocation falloc: off and full are possible for %s", n.Info().Format))
+	case size <= old:
+	case preallocation == "falloc":
+		fill = func() error { return file.Allocate(old, size-old) }
+	case preallocation == "full":
+		fill = func() error { return writeZeroes(cmd.Context(), n, m.bar(cmd, "allocating"), old, size) }
 	}
-	if err := n.(block.Resizer).Resize(size); err != nil || size <= old {
-		return err
-	}
-	switch preallocation {
-	case "falloc":
-		return file.Allocate(old, size-old)
-	case "full":
-		return writeZeroes(cmd.Context(), n, m.bar(cmd, "allocating"), old, size)
-	}
-	return nil
+	// The image has its new size last: one that this was killed for is resized again.
+	return n.(extender).Extend(size, fill)
+}
+
+// extender is a disk that becomes larger once what is added is there.
+type extender interface {
+	Extend(size int64, fill func() error) error
 }
 
 // newSize is what a size that may have a sign makes of the old one, in whole
