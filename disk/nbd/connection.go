@@ -49,6 +49,9 @@ type connection struct {
 	export          *exported
 	size            int64 // bytes, as the client was told
 
+	ring    *ring // or nil
+	started bool  // the reader has begun requests that the kernel has not heard of
+	alone   int   // requests lately that were the client's only one
 	out     *sender
 	unsent  int           // replies that the reader has not flushed
 	late    *time.Timer   // flushes them, should the reader be held up
@@ -107,10 +110,14 @@ func (c *connection) run() error {
 	c.late = time.AfterFunc(time.Hour, c.out.flush)
 	defer c.late.Stop()
 	c.work = make(chan *request, maxRequests)
+	c.ring = newRing(c)
 	err = c.receive()
 	close(c.work)
 	if err != nil {
 		c.conn.Close() // so that no reply waits for a client that does not read
+	}
+	if c.ring != nil {
+		c.ring.close()
 	}
 	c.done.Wait()
 	c.out.finish()
@@ -126,7 +133,14 @@ func (c *connection) receive() error {
 		if c.in.Buffered() < requestSize || c.unsent >= quickReplies {
 			c.flush()
 		}
+		var wait time.Time
+		if c.ring != nil {
+			wait = time.Now()
+		}
 		raw, err := c.in.Peek(requestSize)
+		if c.ring != nil {
+			c.ring.look(time.Since(wait))
+		}
 		if err == io.EOF && len(raw) == 0 {
 			return nil // not what the protocol wants, but what clients do
 		}
@@ -158,19 +172,28 @@ func (c *connection) accept(h header) error {
 	r.refusal = c.check(h)
 	if h.command == cmdWrite {
 		if r.refusal != nil {
+			c.submit()
 			if _, err := c.in.Discard(int(h.length)); err != nil {
 				c.end(r)
 				return err
 			}
 		} else {
 			r.data = getBuffer(int(h.length))
+			if c.in.Buffered() < int(h.length) {
+				c.submit()
+			}
 			if _, err := io.ReadFull(c.in, r.data.bytes[:h.length]); err != nil {
 				c.end(r)
 				return err
 			}
 		}
 	}
+	if c.ring != nil && r.refusal == nil && c.alone < minAlone && c.ring.start(r) {
+		c.started = true
+		return nil
+	}
 	if r.refusal != nil || c.isQuick(h) {
+		c.submit()
 		if c.unsent == 1 {
 			c.late.Reset(quickDelay)
 		}
@@ -218,8 +241,18 @@ func (c *connection) doWork() {
 	}
 }
 
+// submit tells the kernel of the requests that the reader has begun: before it waits for
+// anything.
+func (c *connection) submit() {
+	if c.started {
+		c.started = false
+		c.ring.submit()
+	}
+}
+
 // flush sends the replies that the reader has.
 func (c *connection) flush() {
+	c.submit()
 	if c.unsent > 1 {
 		c.late.Stop()
 	}
@@ -240,7 +273,7 @@ func (c *connection) begin(h header) *request {
 	}
 	c.mu.Lock()
 	for len(c.free) == 0 && c.made == maxRequests || c.bytes > 0 && c.bytes+payload > maxBytes {
-		if c.unsent > 0 { // it may be what keeps others from ending
+		if c.unsent > 0 || c.started { // they may be what keeps others from ending
 			c.mu.Unlock()
 			c.flush()
 			c.mu.Lock()

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/disk/block"
 )
 
 const (
@@ -40,6 +42,7 @@ type request struct {
 	body  []byte                // block status, and errors; reused
 	parts [][]byte              // the reply
 	one   [1][]byte             // for the node
+	io    block.Request         // where the ring does it
 	runs  []span
 }
 
@@ -164,6 +167,19 @@ func (r *request) observe(average *atomic.Int64, start time.Time) {
 	}
 }
 
+// replyRead makes the reply to a read of data alone, which is there.
+func (r *request) replyRead() {
+	data := r.data.bytes[:r.length]
+	if !r.client.structured {
+		r.replyDone()
+		r.parts = append(r.parts, data)
+		return
+	}
+	putChunk(r.head[:], chunkDone, chunkData, r.cookie, 8+r.length)
+	binary.BigEndian.PutUint64(r.head[structuredSize:], r.offset)
+	r.parts = append(r.parts[:0], r.head[:structuredSize+8], data)
+}
+
 func (r *request) read() error {
 	defer r.observe(&r.client.readTime, time.Now())
 	length := int64(r.length)
@@ -172,8 +188,7 @@ func (r *request) read() error {
 		if err := r.readInto(0, length); err != nil {
 			return err
 		}
-		r.replyDone()
-		r.parts = append(r.parts, r.data.bytes[:length])
+		r.replyRead()
 		return nil
 	}
 	if length == 0 {
