@@ -14,10 +14,11 @@ const (
 	writeSize  = 1 << 20
 	directSize = blockBytes
 	// flushSize and flushMost are of how much the kernel is asked at a time to begin to
-	// put it on disk, lateFlush from how much on where nobody waits for that.
-	flushSize = 8 << 20
-	flushMost = 32 << 20
-	lateFlush = 512 << 20
+	// put it on disk. Where nobody waits for that it is asked nevertheless if the memory is
+	// larger than cachedMemory: of so much the kernel makes those wait who write it.
+	flushSize    = 8 << 20
+	flushMost    = 32 << 20
+	cachedMemory = 1 << 30
 	// maxBuffers is how many buffers there may be: one that is written, one that waits,
 	// and one that is filled. Each takes a block more than is needed to write it.
 	maxBuffers = 3
@@ -29,6 +30,7 @@ const (
 // meanwhile. Its methods want the lock to be held; those that write release it in between.
 type output struct {
 	noFlush bool // what is written need not be on disk at the end
+	late    bool // nor begin to be put there
 
 	mu *sync.Mutex // guards everything below
 
@@ -159,7 +161,7 @@ func (o *output) writeOnce(behind [][]byte) {
 
 // mayFlush tells whether enough is written for the kernel to be asked to put it on disk.
 func (o *output) mayFlush() bool {
-	return o.err == nil && o.written >= o.flushed+flushSize && (!o.noFlush || o.written > lateFlush)
+	return o.err == nil && o.written >= o.flushed+flushSize && !o.late
 }
 
 // flush has the kernel put on disk what is written, while the rest is made, so that

@@ -42,11 +42,11 @@ type CreateOptions struct {
 // is the parent's, or zero where there is no parent; it may be told of a page
 // once. After an error of any method but Section there can be no Commit.
 type Writer struct {
-	path    string
-	header  header
-	layout  *layout
-	dup     *duplicates
-	calls   atomic.Uint64
+	path   string
+	header header
+	layout *layout
+	dup    *duplicates
+	calls  atomic.Uint64
 
 	mu     sync.Mutex // guards everything below
 	out    output
@@ -112,6 +112,7 @@ func create(path string, o CreateOptions) (*Writer, error) {
 		return nil, advise(err)
 	}
 	w.out.init(file, o.NoFlush, &w.mu)
+	w.out.late = o.NoFlush && expect*PageSize <= cachedMemory
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.out.add(0, head)
