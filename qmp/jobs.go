@@ -81,8 +81,11 @@ type JobOptions struct {
 	// SoftCancel tells that a job that is ready can be cancelled without being undone, as QEMU's mirror jobs can: see
 	// Job.WaitComplete. Without it every cancellation is forced.
 	SoftCancel bool
-	// Prepare runs when a job that did its work is finalized; an error aborts it. Then either Commit or Abort runs, which
-	// must undo what can be undone; Abort also runs when the work fails or is cancelled. Each may be nil.
+	// Pending runs when a job with ManualFinalize has become pending. It must neither wait nor ask the job anything.
+	Pending func()
+	// Prepare runs when a job that did its work is finalized, and makes that take effect: until then the job can be cancelled.
+	// An error aborts it. Then either Commit or Abort runs, which must undo what can be undone; Abort also runs when the
+	// work fails or is cancelled. Each may be nil.
 	Prepare func() error
 	Commit  func()
 	Abort   func()
@@ -380,12 +383,16 @@ func (j *Job) ended(err error) {
 	}
 	j.setLocked(JobWaiting)
 	j.setLocked(JobPending)
-	if !j.opts.ManualFinalize {
+	switch {
+	case !j.opts.ManualFinalize:
 		j.finalizeLocked()
+	case j.opts.Pending != nil:
+		j.opts.Pending()
 	}
 }
 
-// finalizeLocked makes the work take effect. It gives up the lock while the job's own functions run.
+// finalizeLocked makes the work take effect. It gives up the lock while the job's own functions run; nobody can cancel the
+// job any more then, since it would be told that what has taken effect has not.
 func (j *Job) finalizeLocked() {
 	j.finalizing = true
 	var err error
@@ -393,9 +400,6 @@ func (j *Job) finalizeLocked() {
 		j.owner.mu.Unlock()
 		err = j.opts.Prepare()
 		j.owner.mu.Lock()
-	}
-	if err == nil && j.cancelled {
-		err = ErrCanceled
 	}
 	j.concludeLocked(err)
 }
@@ -486,6 +490,9 @@ func (j *Job) Cancel(force bool) error {
 	if err := j.verbLocked(verbCancel); err != nil {
 		return err
 	}
+	if j.finalizing {
+		return Errorf("Job '%s' is being finalized and cannot be cancelled any more", j.id)
+	}
 	ready := j.status == JobReady || j.status == JobStandby
 	j.userPaused = false
 	if !force && ready && j.opts.SoftCancel {
@@ -495,7 +502,7 @@ func (j *Job) Cancel(force bool) error {
 	j.cancelled = true
 	j.cancel()
 	j.changedLocked()
-	if j.status == JobPending && !j.finalizing {
+	if j.status == JobPending {
 		j.concludeLocked(ErrCanceled)
 	}
 	return nil

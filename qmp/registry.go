@@ -32,7 +32,8 @@ type command struct {
 type event struct {
 	name     string
 	data     *qtype
-	interval time.Duration // least time between two of them; zero for no limit
+	interval time.Duration // least time between two of one key; zero for no limit
+	key      func(data any) (key string, limited bool)
 }
 
 // NewRegistry returns a registry with the commands and events of the protocol itself: negotiation, introspection,
@@ -100,7 +101,13 @@ type EventOption func(*event)
 // RateLimit lets the event be sent at most once in each interval. Of those emitted meanwhile the last one is sent when the
 // interval is over.
 func RateLimit(interval time.Duration) EventOption {
-	return func(e *event) { e.interval = interval }
+	return RateLimitBy(interval, func(any) (string, bool) { return "", true })
+}
+
+// RateLimitBy is RateLimit for each of the things that the event tells of, by a key of its data, of which there must be few.
+// Some may be sent at any rate.
+func RateLimitBy(interval time.Duration, key func(data any) (key string, limited bool)) EventOption {
+	return func(e *event) { e.interval, e.key = interval, key }
 }
 
 // RegisterEvent adds an event whose data is the struct T, Empty for none.

@@ -45,11 +45,14 @@ type Server struct {
 	wg sync.WaitGroup // accept loops and sessions
 
 	mu        sync.Mutex
-	closed    bool                  // guarded by mu
-	listeners map[*listener]bool    // guarded by mu
-	sessions  map[*Session]bool     // guarded by mu
-	limits    map[string]*rateLimit // guarded by mu; by event name
+	closed    bool                    // guarded by mu
+	listeners map[*listener]bool      // guarded by mu
+	sessions  map[*Session]bool       // guarded by mu
+	limits    map[limitKey]*rateLimit // guarded by mu
 }
+
+// limitKey is an event whose rate is limited, and what of.
+type limitKey struct{ event, key string }
 
 // rateLimit is the state of an event that was sent less than its interval ago.
 type rateLimit struct {
@@ -63,7 +66,7 @@ func NewServer(reg *Registry, v Version) *Server {
 		reg: reg, version: v,
 		listeners: map[*listener]bool{},
 		sessions:  map[*Session]bool{},
-		limits:    map[string]*rateLimit{},
+		limits:    map[limitKey]*rateLimit{},
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.jobs = newJobs(s.ctx, s.emitJobStatus)
@@ -98,30 +101,34 @@ func (s *Server) Emit(name string, data any) error {
 	if s.closed {
 		return nil
 	}
-	if e.interval == 0 {
+	limited, key := false, limitKey{event: name}
+	if e.interval > 0 {
+		key.key, limited = e.key(data)
+	}
+	if !limited {
 		s.broadcastLocked(line)
 		return nil
 	}
-	if l := s.limits[name]; l != nil {
+	if l := s.limits[key]; l != nil {
 		l.pending = line
 		return nil
 	}
 	s.broadcastLocked(line)
 	l := &rateLimit{}
-	l.timer = time.AfterFunc(e.interval, func() { s.intervalOver(e, l) })
-	s.limits[name] = l
+	l.timer = time.AfterFunc(e.interval, func() { s.intervalOver(e, key, l) })
+	s.limits[key] = l
 	return nil
 }
 
 // intervalOver sends the event held back, if there is one, and begins a new interval with it.
-func (s *Server) intervalOver(e *event, l *rateLimit) {
+func (s *Server) intervalOver(e *event, key limitKey, l *rateLimit) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
 		return
 	}
 	if l.pending == nil {
-		delete(s.limits, e.name)
+		delete(s.limits, key)
 		return
 	}
 	s.broadcastLocked(l.pending)

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -424,6 +425,36 @@ func TestRateLimit(t *testing.T) {
 	}
 	for _, want := range []string{"0", "99"} {
 		if got := w.line(); !strings.HasSuffix(got, `"data": {"actual": `+want+`}}`) {
+			t.Errorf("%s came where %s was to", got, want)
+		}
+	}
+}
+
+// TestRateLimitBy emits faster than the event may be sent, of two things, and one of a kind that may be sent at any rate: the
+// first and the last of each thing arrive, and all of that kind.
+func TestRateLimitBy(t *testing.T) {
+	m := newMachine(t, func(r *qmp.Registry) {
+		qmp.RegisterEvent[balloonChange](r, "OF_PARITY", qmp.RateLimitBy(time.Second, func(data any) (string, bool) {
+			n := data.(balloonChange).Actual
+			return []string{"even", "odd"}[n%2], n < 1000
+		}))
+	})
+	w := negotiated(t, m.path)
+	for i := range 100 {
+		if err := m.srv.Emit("OF_PARITY", balloonChange{int64(i)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		if err := m.srv.Emit("OF_PARITY", balloonChange{1001}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Two intervals end at nearly the same time.
+	for _, want := range []string{"^0$", "^1$", "^1001$", "^1001$", "^9[89]$", "^9[89]$"} {
+		got := w.line()
+		_, number, _ := strings.Cut(strings.TrimSuffix(got, "}}"), `"actual": `)
+		if ok, err := regexp.MatchString(want, number); !ok || err != nil {
 			t.Errorf("%s came where %s was to", got, want)
 		}
 	}

@@ -103,14 +103,15 @@ func (mon *monitor) commitNewest(w *blockWork, base int) {
 		defer rename()
 		return c.Cancel()
 	}
-	w.work = func(ctx context.Context) error {
+	complete := false
+	w.work = func(ctx context.Context) (err error) {
 		if err := c.Run(ctx); err != nil {
 			return err
 		}
-		complete, err := w.ready()
-		if err != nil {
-			return err
-		}
+		complete, err = w.ready()
+		return err
+	}
+	w.finish = func() error {
 		defer rename()
 		if !complete {
 			return c.Cancel()
@@ -135,12 +136,9 @@ func (mon *monitor) commitMiddle(w *blockWork, top, base int, name string) {
 		defer mon.rename(d, names)
 		return m.Cancel()
 	}
-	w.work = func(ctx context.Context) error {
-		err := m.Run(ctx)
-		if err == nil {
-			err = m.Finish()
-		}
-		if err != nil {
+	w.work = func(ctx context.Context) error { return m.Run(ctx) }
+	w.finish = func() error {
+		if err := m.Finish(); err != nil {
 			return err
 		}
 		mon.unlink(d, names, top, base)

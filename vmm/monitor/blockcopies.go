@@ -287,36 +287,42 @@ func (mon *monitor) mirror(s *qmp.Session, d vmm.AttachedDisk, a jobArguments, s
 		return f, err
 	}
 	w.uninstall = func(block.Node) block.Node { return f.Source() }
-	w.work = func(ctx context.Context) error {
-		if err := f.Run(ctx); err != nil {
-			return err
-		}
-		complete, err := w.ready()
-		if err != nil {
-			return err
-		}
+	// leave has the disk go on without the filter, in its own node or in the copy.
+	leave := func(in block.Node) (err error) {
 		if err := t.node.Flush(); err != nil { // most of it, while the disk is used
 			return err
 		}
-		var source block.Node
 		d.Root.Drained(func(filter block.Node) block.Node {
 			if err = errors.Join(f.Err(), t.node.Flush()); err != nil {
 				return filter
 			}
-			source = f.Source()
-			if complete {
-				return t.node
-			}
-			return source
+			return in
 		})
-		switch {
-		case err != nil:
+		return err
+	}
+	complete := false
+	w.work = func(ctx context.Context) (err error) {
+		if err := f.Run(ctx); err != nil {
 			return err
-		case complete:
-			mon.refresh() // the target is the disk's, before the source is let go
-			return mon.letGo(source)
 		}
-		return t.close()
+		if complete, err = w.ready(); err != nil || complete {
+			return err
+		}
+		return leave(f.Source()) // the copy is the disk of this instant, whenever the job is finalized
+	}
+	// Until then writes go to both, so that a client that thinks does not keep the guest
+	// from its disk.
+	w.finish = func() error {
+		if !complete {
+			return t.close()
+		}
+		if err := leave(t.node); err != nil {
+			return err
+		}
+		mon.refresh() // the target is the disk's, before the source is let go
+		// The disk is in the copy, whatever closing the source says.
+		_ = mon.letGo(f.Source())
+		return nil
 	}
 	return w.change(), nil
 }
@@ -386,16 +392,18 @@ func (mon *monitor) backup(s *qmp.Session, d vmm.AttachedDisk, a jobArguments, s
 		if err := f.Copy(ctx, w.progress); err != nil {
 			return err
 		}
-		if err := t.node.Flush(); err != nil {
-			return err
-		}
+		return t.node.Flush()
+	}
+	w.finish = func() error {
+		d.Root.Drained(func(block.Node) block.Node { return f.Node })
+		err := t.close()
 		mon.bitmaps.mu.Lock()
-		d.Root.Drained(func(block.Node) block.Node {
-			giveBack(how == nil || *how != bitmapNever)
-			return f.Node
+		defer mon.bitmaps.mu.Unlock()
+		d.Root.Drained(func(current block.Node) block.Node {
+			giveBack(err == nil && (how == nil || *how != bitmapNever))
+			return current
 		})
-		mon.bitmaps.mu.Unlock()
-		return t.close()
+		return err
 	}
 	return w.change(), nil
 }

@@ -42,11 +42,15 @@ type blockWork struct {
 
 	// What the job does, and what it works with: see change. uninstall takes away
 	// what install put in place; both get and return the disk's node, and are called
-	// with bitmaps.mu held.
+	// with bitmaps.mu held. finish has what work did take effect, when the job is
+	// finalized: until then all is the disk's that was, and what install put in place
+	// goes on. If any of them fails, or the job is cancelled, uninstall and abandon
+	// follow.
 	prepare   func() error
 	install   func(current block.Node) (block.Node, error)
 	uninstall func(current block.Node) block.Node
 	work      func(context.Context) error
+	finish    func() error
 	abandon   func() error
 	nodes     []*graphNode // which it uses
 	onError   onError
@@ -86,6 +90,10 @@ type (
 		Speed  int64        `qmp:"speed"`
 		Error  *string      `qmp:"error"`
 	}
+	blockJobPending struct {
+		Type blockJobKind `qmp:"type"`
+		ID   string       `qmp:"id"`
+	}
 	blockJobName struct {
 		Device string `qmp:"device"`
 	}
@@ -106,6 +114,7 @@ func (mon *monitor) registerBlockJobs(reg *qmp.Registry) {
 	qmp.RegisterEvent[blockJobCompleted](reg, "BLOCK_JOB_COMPLETED")
 	qmp.RegisterEvent[blockJobEvent](reg, "BLOCK_JOB_CANCELLED")
 	qmp.RegisterEvent[blockJobEvent](reg, "BLOCK_JOB_READY")
+	qmp.RegisterEvent[blockJobPending](reg, "BLOCK_JOB_PENDING")
 	query(reg, "query-block-jobs", mon.queryBlockJobs)
 	verb := func(name string, tell func(*qmp.Job) error) {
 		qmp.Register(reg, name, func(_ context.Context, _ *qmp.Session, a blockJobName) (e qmp.Empty, err error) {
@@ -270,6 +279,14 @@ func (w *blockWork) start() (err error) {
 	done := false
 	w.job, err = w.session.Server().Jobs().Start(w.id, string(w.kind), qmp.JobOptions{
 		ManualFinalize: !w.autoFinalize, ManualDismiss: !w.autoDismiss, SoftCancel: w.soft,
+		Pending: func() { w.mon.emit("BLOCK_JOB_PENDING", blockJobPending{w.kind, w.id}) },
+		Prepare: func() (err error) {
+			if w.finish != nil {
+				err = w.finish()
+			}
+			done = err == nil
+			return err
+		},
 		Commit: func() { w.free(); w.tellEnd(nil) },
 		Abort: func() {
 			<-started
@@ -283,9 +300,7 @@ func (w *blockWork) start() (err error) {
 	}, func(ctx context.Context, _ *qmp.Job) error {
 		<-started
 		w.ctx = ctx
-		err := w.work(ctx)
-		done = err == nil
-		return err
+		return w.work(ctx)
 	})
 	delete(w.mon.blockJobs.starting, w.id)
 	if err != nil {

@@ -298,13 +298,19 @@ func TestDiscardAndZeroes(t *testing.T) {
 // serve has a file be the export x of a server, at a socket.
 func serve(t *testing.T, path string) string {
 	t.Helper()
+	return serveNode(t, openDisk(t, path))
+}
+
+// serveNode is serve of a node.
+func serveNode(t *testing.T, n block.Node) string {
+	t.Helper()
 	socket := filepath.Join(socketDir(t), "n")
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
 	s := nbd.NewServer(nbd.ServerOptions{})
-	if err := s.Add(nbd.Export{Name: "x", Node: openDisk(t, path)}); err != nil {
+	if err := s.Add(nbd.Export{Name: "x", Node: n}); err != nil {
 		t.Fatal(err)
 	}
 	go s.Serve(l)

@@ -97,9 +97,9 @@ func (mon *monitor) blockStream(s *qmp.Session, a streamArguments) (*change, err
 		if err == nil {
 			err = f.Node.Flush() // most of it, while the disk is used
 		}
-		if err != nil {
-			return err
-		}
+		return err
+	}
+	w.finish = func() (err error) {
 		mon.refresh()
 		names := mon.namedChain(d)
 		var gone block.Node
@@ -113,7 +113,8 @@ func (mon *monitor) blockStream(s *qmp.Session, a streamArguments) (*change, err
 			return err
 		}
 		mon.unlink(d, names, 1, o.Depth)
-		return mon.letGo(gone)
+		_ = mon.letGo(gone) // which was only read: the disk does without, whatever closing it says
+		return nil
 	}
 	return w.change(), nil
 }

@@ -17,6 +17,10 @@ const (
 	failedEvent       = "__ORG.GNOMON_FAILED"
 )
 
+// ioErrorInterval is the least time between two BLOCK_IO_ERROR of the same of a device:
+// a guest can have as many requests fail as it makes.
+const ioErrorInterval = 250 * time.Millisecond
+
 // shutdownCause is ShutdownCause of QEMU's qapi/run-state.json.
 type shutdownCause string
 
@@ -78,7 +82,11 @@ func registerEvents(reg *qmp.Registry) {
 	qmp.RegisterEvent[panicData](reg, "GUEST_PANICKED")
 	qmp.RegisterEvent[panicData](reg, "GUEST_CRASHLOADED")
 	qmp.RegisterEvent[balloonData](reg, "BALLOON_CHANGE", qmp.RateLimit(time.Second))
-	qmp.RegisterEvent[ioErrorData](reg, "BLOCK_IO_ERROR")
+	qmp.RegisterEvent[ioErrorData](reg, "BLOCK_IO_ERROR", qmp.RateLimitBy(ioErrorInterval, func(data any) (string, bool) {
+		e := data.(ioErrorData)
+		// After one that stops the machine no more come than are under way, until cont.
+		return e.Device + " " + string(e.Operation) + " " + string(e.Action), e.Action != "stop"
+	}))
 	qmp.RegisterEvent[deviceBrokenData](reg, deviceBrokenEvent)
 	qmp.RegisterEvent[failedData](reg, failedEvent)
 }
