@@ -48,7 +48,7 @@ func (plain) names(s *Step) []string { return []string{dataOf(s), manifestOf(s)}
 func (plain) part(s *Step) (name, format string) { return dataOf(s) + part, FormatRaw }
 
 func (a plain) begin(s *Step) error {
-	if s.Size <= 0 {
+	if s.Size < 0 {
 		return fmt.Errorf("a disk of %d bytes", s.Size)
 	}
 	if !s.Full && len(a.chain(len(a.catalog.Steps)-1)) >= maxPlain {

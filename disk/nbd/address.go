@@ -21,10 +21,20 @@ func splitAddress(address string) (network, addr string, err error) {
 		}
 		return "unix", path, nil
 	}
-	if _, _, err := net.SplitHostPort(address); err != nil {
+	_, port, err := net.SplitHostPort(address)
+	if err == nil {
+		_, err = net.LookupPort("tcp", port)
+	}
+	if err != nil {
 		return "", "", fmt.Errorf("%w %q: unix:PATH or HOST:PORT are possible: %w", ErrAddress, address, err)
 	}
 	return "tcp", address, nil
+}
+
+// CheckAddress refuses what Listen cannot listen at anywhere.
+func CheckAddress(address string) error {
+	_, _, err := splitAddress(address)
+	return err
 }
 
 // Listen listens at "unix:PATH" or "HOST:PORT". A Unix socket that a dead server

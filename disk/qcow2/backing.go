@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
@@ -58,18 +59,30 @@ func (c *chain) open(path string, readOnly bool) (block.Node, error) {
 	if len(c.opened) == maxChain {
 		return nil, fmt.Errorf("%w: %s: more than %d images lie one on another", ErrBacking, path, maxChain)
 	}
+	// Before it is opened: its locks would be taken for another machine's.
+	if info, err := os.Stat(path); err == nil {
+		if err := c.has(path, info); err != nil {
+			return nil, err
+		}
+	}
 	file, info, err := c.openFile(path, readOnly)
 	if err != nil {
 		return nil, err
 	}
-	for _, other := range c.opened {
-		if os.SameFile(info, other) {
-			file.Close()
-			return nil, fmt.Errorf("%w: %s is its own backing file: the chain is a loop", ErrBacking, path)
-		}
+	if err := c.has(path, info); err != nil {
+		file.Close()
+		return nil, err
 	}
 	c.opened = append(c.opened, info)
 	return file, nil
+}
+
+// has tells of a file that the chain has already.
+func (c *chain) has(path string, info fs.FileInfo) error {
+	if slices.ContainsFunc(c.opened, func(other fs.FileInfo) bool { return os.SameFile(info, other) }) {
+		return fmt.Errorf("%w: %s is its own backing file: the chain is a loop", ErrBacking, path)
+	}
+	return nil
 }
 
 // openBacking opens the backing file that the header of the image at path
@@ -96,6 +109,8 @@ func (c *chain) openBacking(path string, h *Header) (block.Node, error) {
 	switch {
 	case errors.Is(err, ErrBacking):
 		return nil, err
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, missingBacking(path, name)
 	case err != nil:
 		return nil, fmt.Errorf("%w of %s: %w", ErrBacking, path, err)
 	case h.BackingFormat == "raw":
@@ -111,6 +126,13 @@ func (c *chain) openBacking(path string, h *Header) (block.Node, error) {
 		return nil, err // says which image is at fault itself
 	}
 	return n, nil
+}
+
+// missingBacking tells of a backing file that is not there. Whoever made an empty one of
+// its name would lose what the image lies on for good.
+func missingBacking(path, name string) error {
+	return fmt.Errorf("%w: %s does not exist, and %s lies on it and is of no use without it: bring it back, or tell where it is now (gnomon disk rebase -u): %w",
+		ErrBacking, name, path, fs.ErrNotExist)
 }
 
 // backingPath finds the backing file: what is not absolute is relative to the
@@ -129,6 +151,19 @@ func backingPath(image, name string) (string, error) {
 	// Not cleaned: a ".." behind a symbolic link is the kernel's to resolve.
 	dir := image[:strings.LastIndexByte(image, '/')+1]
 	return dir + name, nil
+}
+
+// BackingPath is where the backing file is that the image names, or "" where it names none
+// or none that could be followed.
+func (n *Node) BackingPath() string {
+	if n.header.BackingFile == "" {
+		return ""
+	}
+	path, err := backingPath(n.path, n.header.BackingFile)
+	if err != nil {
+		return ""
+	}
+	return path
 }
 
 // openDataFile opens the file that has the data of the image at path. As that of a

@@ -6,10 +6,14 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/raw"
 )
+
+// ErrNotEmptied is an image that could be committed, and not be emptied afterwards.
+var ErrNotEmptied = errors.New("the overlay cannot be emptied")
 
 // CommitOptions say how an image is committed.
 type CommitOptions struct {
@@ -66,7 +70,10 @@ func openCommit(path string, o CommitOptions) (above []*Node, base block.Node, e
 		}
 	}()
 	for name := path; ; {
-		n, err := c.openOne(name, o.Empty && len(above) == 0)
+		n, err := c.openNext(name, o.Empty && len(above) == 0)
+		if errors.Is(err, fs.ErrNotExist) && len(above) > 0 {
+			err = missingBacking(above[len(above)-1].path, name)
+		}
 		if err != nil {
 			return above, nil, err
 		}
@@ -89,7 +96,7 @@ func openCommit(path string, o CommitOptions) (above []*Node, base block.Node, e
 			if o.Empty && len(above) > 1 {
 				return above, nil, fmt.Errorf("commit disk %s: %w: it cannot be emptied, since it does not lie on %s itself", path, ErrBacking, o.Base)
 			}
-			base, err = openBase(next, h.BackingFormat, o.Files)
+			base, err = c.openBase(name, next, h.BackingFormat, o.Files)
 			return above, base, err
 		}
 		if h.BackingFormat != "qcow2" {
@@ -121,14 +128,41 @@ func (c *chain) openOne(path string, writable bool) (*Node, error) {
 	return n, nil
 }
 
-// openBase opens an image to be written.
-func openBase(path, format string, o raw.Options) (block.Node, error) {
+// openNext is openOne, which tells of an image that can be read and not be emptied.
+func (c *chain) openNext(path string, writable bool) (*Node, error) {
+	n, err := c.openOne(path, writable)
+	if !writable || !errors.Is(err, ErrUnsupported) {
+		return n, err
+	}
+	c.opened = nil
+	readable, readErr := c.openOne(path, false)
+	if readErr != nil {
+		return nil, err
+	}
+	return nil, fmt.Errorf("%w: %w", ErrNotEmptied, errors.Join(err, readable.Close()))
+}
+
+// openBase opens the image at path, on which the one of the chain at over lies, to be
+// written.
+func (c *chain) openBase(over, path, format string, o raw.Options) (block.Node, error) {
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		return nil, missingBacking(over, path)
+	}
+	below := newChainWith(o)
+	below.opened = slices.Clone(c.opened)
 	if format == "qcow2" {
-		n, err := OpenWith(path, false, o)
+		n, err := below.openWhole(path)
 		if err != nil {
 			return nil, err
 		}
 		return n, nil
+	}
+	info, err := os.Stat(path)
+	if err == nil {
+		err = below.has(path, info)
+	}
+	if err != nil {
+		return nil, err
 	}
 	n, err := raw.OpenWith(path, false, o)
 	if err != nil {

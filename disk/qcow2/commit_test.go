@@ -166,7 +166,7 @@ func TestCommitAsQEMU(t *testing.T) {
 
 func sizeOf(t *testing.T, path, format string) int64 {
 	t.Helper()
-	n, err := openBase(path, format, raw.Options{})
+	n, err := newChain().openBase("", path, format, raw.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

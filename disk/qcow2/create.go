@@ -95,7 +95,7 @@ func (o *CreateOptions) header() (*Header, error) {
 		return nil, fmt.Errorf("%w: version 2 has zlib, reference counts of 16 bits, and none that are lazy", ErrHeader)
 	case h.ClusterSize() != size:
 		return nil, fmt.Errorf("%w: clusters of %d bytes: powers of two from 512 to 2097152 are possible", ErrHeader, size)
-	case o.Size <= 0 || o.Size%sector != 0:
+	case o.Size < 0 || o.Size%sector != 0:
 		return nil, fmt.Errorf("%w: virtual size %d: multiples of 512 are possible", ErrHeader, o.Size)
 	case o.Backing != "" && o.BackingFormat != "raw" && o.BackingFormat != "qcow2":
 		return nil, fmt.Errorf("%w: format %q of the backing file: raw and qcow2 are possible", ErrBacking, o.BackingFormat)
@@ -125,13 +125,16 @@ func (o *CreateOptions) encode() ([]byte, error) {
 	}
 	clusters := 1 + table + blocks + l1
 	h.RefcountOffset, h.RefcountTables = size, uint32(table)
-	h.L1Offset = (1 + table + blocks) * size
+	l1At := (1 + table + blocks) * size
+	if l1 > 0 {
+		h.L1Offset = l1At
+	}
 	b := make([]byte, clusters*size)
 	copy(b, h.encode())
 	for i := range blocks {
 		binary.BigEndian.PutUint64(b[size+i*entrySize:], uint64((1+table+i)*size))
 	}
-	counts := b[(1+table)*size : h.L1Offset]
+	counts := b[(1+table)*size : l1At]
 	for i := range clusters {
 		setCount(counts[i/perBlock*size:], h.RefcountOrder, i%perBlock, 1)
 	}

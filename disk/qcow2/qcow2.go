@@ -73,6 +73,17 @@ func OpenWith(path string, readOnly bool, o raw.Options) (*Node, error) {
 		}
 		return c.openImage(file, path)
 	}
+	return c.openWhole(path)
+}
+
+// OpenAlone opens the image at path without what it lies on, which need not be there: for
+// who asks about the image itself. What it does not hold reads as zero.
+func OpenAlone(path string) (*Node, error) {
+	return newChain().openOne(path, false)
+}
+
+// openWhole opens the image at path to be written, and what it lies on.
+func (c *chain) openWhole(path string) (*Node, error) {
 	n, err := c.openWritable(path)
 	if err != nil {
 		return nil, err

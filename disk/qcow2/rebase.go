@@ -58,7 +58,7 @@ func Rebase(ctx context.Context, path string, o RebaseOptions) (err error) {
 	defer func() { err = errors.Join(err, n.Close()) }()
 	if !o.NameOnly {
 		if n.backing, err = c.openBacking(path, n.header); err != nil {
-			return fmt.Errorf("rebase disk %s: %w; if it is gone, and another holds the same bytes, its name alone can be changed", path, err)
+			return fmt.Errorf("rebase disk %s: %w", path, err)
 		}
 		if err := n.moveTo(ctx, backing, o.Progress); err != nil {
 			return fmt.Errorf("rebase disk %s: %w", path, err)

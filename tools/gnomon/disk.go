@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
@@ -37,9 +38,26 @@ also be an NBD server's, nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH.
 
 // addFormatFlag adds qemu-img's -f or another flag that names a format.
 func addFormatFlag(cmd *cobra.Command, long, short, usage string) *string {
-	format := cmd.Flags().StringP(long, short, "", usage)
+	var format formatFlag
+	cmd.Flags().VarP(&format, long, short, usage)
 	completeFlag(cmd, long, disk.FormatRaw, disk.FormatQcow2)
-	return format
+	return (*string)(&format)
+}
+
+// formatFlag is the value of a flag that names a format, or empty.
+type formatFlag string
+
+const formatType = "format"
+
+func (f *formatFlag) String() string { return string(*f) }
+func (f *formatFlag) Type() string   { return formatType }
+
+func (f *formatFlag) Set(text string) error {
+	if text != "" && text != disk.FormatRaw && text != disk.FormatQcow2 {
+		return disk.ErrFormat
+	}
+	*f = formatFlag(text)
+	return nil
 }
 
 // openImage opens an image that is only read: a file, or an NBD server's by its
@@ -50,11 +68,36 @@ func openImage(ctx context.Context, name, format string) (block.Node, error) {
 
 // openSource is openImage with options.
 func openSource(ctx context.Context, name string, o disk.Options) (block.Node, error) {
-	if strings.HasPrefix(name, "nbd://") || strings.HasPrefix(name, "nbd+") {
+	if isURI(name) {
 		return nbd.DialURI(ctx, name, nbd.ClientOptions{ReadOnly: true})
 	}
 	o.ReadOnly = true
 	return disk.Open(name, o)
+}
+
+// isURI tells an NBD server's image from a file.
+func isURI(name string) bool {
+	return strings.HasPrefix(name, "nbd://") || strings.HasPrefix(name, "nbd+")
+}
+
+// sameDisk refuses a target that is the source, or one that the source lies on: to open
+// it would look as if another machine had it.
+func sameDisk(src block.Node, target string) error {
+	there, err := os.Stat(target)
+	if err != nil {
+		return nil // who opens it says more
+	}
+	info := src.Info()
+	for i := &info; i != nil; i = i.Backing {
+		if named, err := os.Stat(i.Filename); err != nil || !os.SameFile(named, there) {
+			continue
+		}
+		if i == &info {
+			return fmt.Errorf("%s and %s are the same disk: name another target", info.Filename, target)
+		}
+		return fmt.Errorf("%s lies on %s: name another target", info.Filename, target)
+	}
+	return nil
 }
 
 // formatOf is the format that a name says where no flag does.
@@ -71,18 +114,20 @@ func formatOf(format, path string) string {
 // createImage makes an image at path, which must not exist.
 func createImage(path, format string, o qcow2.CreateOptions) error {
 	o.Size = (o.Size + 511) / 512 * 512
-	switch formatOf(format, path) {
-	case disk.FormatQcow2:
+	if info, err := os.Stat(path); err == nil && info.Mode()&fs.ModeDevice != 0 {
+		return fmt.Errorf("create disk %s: it is a device, and there: -n converts into it", path)
+	}
+	if formatOf(format, path) == disk.FormatQcow2 {
 		return qcow2.Create(path, o)
-	case disk.FormatRaw:
-	default:
-		return usageError(fmt.Errorf("format %q: raw and qcow2 are possible", format))
 	}
 	if o.Backing != "" {
 		return usageError(errors.New("a raw image has no backing file: make it qcow2, -f qcow2"))
 	}
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
+	switch {
+	case errors.Is(err, fs.ErrExist):
+		return fmt.Errorf("create disk %s: %w: remove it, or choose another name", path, fs.ErrExist)
+	case err != nil:
 		return fmt.Errorf("create disk: %w", err)
 	}
 	err = errors.Join(f.Truncate(o.Size), f.Close())
@@ -152,8 +197,8 @@ func addClusterSize(cmd *cobra.Command) func() (int64, error) {
 	text := cmd.Flags().String("cluster-size", "64K", "`bytes` of a qcow2 cluster, 512 to 2M")
 	return func() (int64, error) {
 		size, err := parseSize(*text, 1)
-		if err != nil {
-			return 0, usageError(fmt.Errorf("--cluster-size: %w", err))
+		if err != nil || size < 512 || size > 2<<20 || size&(size-1) != 0 {
+			return 0, usageError(fmt.Errorf("--cluster-size %q: powers of two from 512 to 2M are possible", *text))
 		}
 		return int64(size), nil
 	}
@@ -167,7 +212,8 @@ type imageInfo struct {
 	ActualSize    int64  `json:"actual-size"`
 	ClusterSize   int64  `json:"cluster-size,omitempty"`
 	Dirty         bool   `json:"dirty-flag"`
-	Backing       string `json:"backing-filename,omitempty"`
+	Backing       string `json:"backing-filename,omitempty"` // as the image names it
+	FullBacking   string `json:"full-backing-filename,omitempty"`
 	BackingFormat string `json:"backing-filename-format,omitempty"`
 }
 
@@ -184,25 +230,9 @@ func newDiskInfoCommand() *cobra.Command {
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
-		n, err := openImage(cmd.Context(), args[0], *format)
+		all, err := imageInfos(cmd.Context(), args[0], *format, *chain)
 		if err != nil {
 			return err
-		}
-		defer n.Close()
-		info := n.Info()
-		var all []imageInfo
-		for i := &info; i != nil; i = i.Backing {
-			one := imageInfo{Filename: i.Filename, Format: i.Format, VirtualSize: i.VirtualSize, ActualSize: i.ActualSize, ClusterSize: i.ClusterSize}
-			if i.Backing != nil {
-				one.Backing, one.BackingFormat = i.Backing.Filename, i.Backing.Format
-			}
-			if q, ok := n.(*qcow2.Node); ok && i == &info {
-				one.Dirty = q.Header().Dirty()
-			}
-			all = append(all, one)
-			if !*chain {
-				break
-			}
 		}
 		switch {
 		case *output == "json" && *chain:
@@ -215,10 +245,10 @@ func newDiskInfoCommand() *cobra.Command {
 			if i > 0 {
 				fmt.Fprintln(w)
 			}
-			fmt.Fprintf(w, "image:\t%s\n", one.Filename)
+			fmt.Fprintf(w, "image:\t%s\n", printable(one.Filename))
 			fmt.Fprintf(w, "file format:\t%s\n", one.Format)
-			fmt.Fprintf(w, "virtual size:\t%s (%d bytes)\n", mebibytes(one.VirtualSize), one.VirtualSize)
-			fmt.Fprintf(w, "disk size:\t%s\n", mebibytes(one.ActualSize))
+			fmt.Fprintf(w, "virtual size:\t%s (%d bytes)\n", humanSize(one.VirtualSize), one.VirtualSize)
+			fmt.Fprintf(w, "disk size:\t%s\n", humanSize(one.ActualSize))
 			if one.ClusterSize != 0 {
 				fmt.Fprintf(w, "cluster_size:\t%d\n", one.ClusterSize)
 			}
@@ -226,13 +256,62 @@ func newDiskInfoCommand() *cobra.Command {
 				fmt.Fprintf(w, "cleanly shut down:\tno\n")
 			}
 			if one.Backing != "" {
-				fmt.Fprintf(w, "backing file:\t%s\n", one.Backing)
-				fmt.Fprintf(w, "backing file format:\t%s\n", one.BackingFormat)
+				fmt.Fprintf(w, "backing file:\t%s", printable(one.Backing))
+				if one.FullBacking != one.Backing && one.FullBacking != "" {
+					fmt.Fprintf(w, " (actual path: %s)", printable(one.FullBacking))
+				}
+				fmt.Fprintln(w)
+				if one.BackingFormat != "" {
+					fmt.Fprintf(w, "backing file format:\t%s\n", printable(one.BackingFormat))
+				}
 			}
 		}
 		return w.Flush()
 	}
 	return cmd
+}
+
+// imageInfos tells of an image, and of those behind it, which need not be there for one
+// alone.
+func imageInfos(ctx context.Context, name, format string, chain bool) ([]imageInfo, error) {
+	if chain { // it is whole
+		n, err := openImage(ctx, name, format)
+		if err != nil {
+			return nil, err
+		}
+		n.Close()
+	}
+	var all []imageInfo
+	for {
+		n, err := openAlone(ctx, name, format)
+		if err != nil {
+			return nil, err
+		}
+		i := n.Info()
+		one := imageInfo{Filename: i.Filename, Format: i.Format, VirtualSize: i.VirtualSize, ActualSize: i.ActualSize, ClusterSize: i.ClusterSize}
+		if q, ok := n.(*qcow2.Node); ok {
+			one.Dirty = q.Header().Dirty()
+			one.Backing, one.BackingFormat = q.Header().BackingFile, q.Header().BackingFormat
+			one.FullBacking = q.BackingPath()
+		}
+		n.Close()
+		if all = append(all, one); !chain || one.Backing == "" {
+			return all, nil
+		}
+		name, format = one.FullBacking, one.BackingFormat
+	}
+}
+
+// openAlone opens an image to be read without those behind it.
+func openAlone(ctx context.Context, name, format string) (block.Node, error) {
+	if formatOf(format, name) != disk.FormatQcow2 || isURI(name) {
+		return openImage(ctx, name, format)
+	}
+	n, err := qcow2.OpenAlone(name)
+	if err != nil {
+		return nil, err
+	}
+	return n, nil
 }
 
 // mapEntry is an extent as qemu-img map prints it.
@@ -312,7 +391,7 @@ func newDiskMapCommand() *cobra.Command {
 		fmt.Fprintln(w, "Offset\tLength\tMapped to\tFile")
 		for _, e := range entries {
 			if e.Data && !e.Zero && e.Offset != nil {
-				fmt.Fprintf(w, "%#x\t%#x\t%#x\t%s\n", e.Start, e.Length, *e.Offset, e.file)
+				fmt.Fprintf(w, "%#x\t%#x\t%#x\t%s\n", e.Start, e.Length, *e.Offset, printable(e.file))
 			}
 		}
 		return w.Flush()
@@ -375,7 +454,11 @@ what qemu-img does unless told otherwise, that is left to the host and takes les
 			return err
 		}
 		defer src.Close()
-		if !*there {
+		if *there {
+			if err := sameDisk(src, args[1]); err != nil {
+				return err
+			}
+		} else {
 			if err := createImage(args[1], *target, qcow2.CreateOptions{Size: src.Size(), ClusterSize: clusterSize}); err != nil {
 				return err
 			}

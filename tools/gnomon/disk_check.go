@@ -48,12 +48,8 @@ nowhere reads as zero then. No machine uses it meanwhile.`,
 		default:
 			return fmt.Errorf("-r %q: leaks and all are possible", *repair)
 		}
-		switch formatOf(*format, args[0]) {
-		case disk.FormatQcow2:
-		case disk.FormatRaw:
+		if formatOf(*format, args[0]) == disk.FormatRaw {
 			return &exitStatus{statusUncheckable, fmt.Errorf("%s: a raw image has nothing to check; for qcow2, say -f qcow2", args[0])}
-		default:
-			return fmt.Errorf("format %q: raw and qcow2 are possible", *format)
 		}
 		r, err := checkImage(cmd, args[0], manner, o)
 		if err != nil {

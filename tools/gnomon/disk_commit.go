@@ -51,7 +51,7 @@ the image as it was cannot be restored afterwards.`,
 		o.Progress = bar.Set
 		invalid, err := qcow2.Commit(cmd.Context(), args[0], o)
 		bar.Finish()
-		if errors.Is(err, qcow2.ErrUnsupported) && *base == "" && !*keep {
+		if errors.Is(err, qcow2.ErrNotEmptied) {
 			err = fmt.Errorf("%w; with -d it is committed and not emptied", err)
 		}
 		if err != nil {

@@ -34,6 +34,9 @@ write it without --read-only: on an address that others reach, use --tls-creds.`
 		if err != nil {
 			return err
 		}
+		if err := nbd.CheckAddress(*listen); err != nil {
+			return usageError(err)
+		}
 		n, err := disk.Open(args[0], options)
 		if err != nil {
 			return err
@@ -63,7 +66,7 @@ write it without --read-only: on an address that others reach, use --tls-creds.`
 		if path, ok := strings.CutPrefix(*listen, "unix:"); ok {
 			where = "unix:" + path
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%s: served at %s\n", args[0], where)
+		fmt.Fprintf(cmd.OutOrStdout(), "%s: served at %s\n", printable(args[0]), printable(where))
 		ended := make(chan error, 1)
 		go func() { ended <- server.Serve(l) }()
 		select {

@@ -212,6 +212,9 @@ func joined(set *changes.Set, others [][2]int64) []copysync.Range {
 // copy brings the target up to date, which is made if there is none.
 func (s *syncing) copy(src block.Node, ranges []copysync.Range) (figures copysync.Figures, err error) {
 	s.size = src.Size()
+	if err := sameDisk(src, s.path); err != nil {
+		return figures, err
+	}
 	if _, missing := os.Lstat(s.path); errors.Is(missing, fs.ErrNotExist) {
 		if err = createImage(s.path, s.format, qcow2.CreateOptions{Size: src.Size()}); err != nil {
 			return figures, err

@@ -118,34 +118,10 @@ func flagError(err error) error {
 		}
 	case "bool":
 		why = "true and false are possible"
+	case formatType:
+		why = "raw and qcow2 are possible"
 	default:
 		return err
 	}
 	return fmt.Errorf("--%s %s: %s", flag.Name, invalid.GetValue(), why)
-}
-
-// parseSize reads a size as QEMU does: a number with a suffix B, K, M, G or T;
-// without one it counts units.
-func parseSize(text string, unit uint64) (uint64, error) {
-	digits := strings.TrimRight(text, "bBkKmMgGtTi")
-	switch strings.ToUpper(text[len(digits):]) {
-	case "":
-	case "B":
-		unit = 1
-	case "K", "KB", "KIB":
-		unit = 1 << 10
-	case "M", "MB", "MIB":
-		unit = 1 << 20
-	case "G", "GB", "GIB":
-		unit = 1 << 30
-	case "T", "TB", "TIB":
-		unit = 1 << 40
-	default:
-		return 0, fmt.Errorf("size %q: write it as 512M or 2G", text)
-	}
-	n, err := strconv.ParseUint(digits, 10, 64)
-	if err != nil || n > 1<<62/unit {
-		return 0, fmt.Errorf("size %q: write it as 512M or 2G", text)
-	}
-	return n * unit, nil
 }

@@ -14,12 +14,13 @@ import (
 func TestParseSize(t *testing.T) {
 	for text, want := range map[string]uint64{
 		"64": 64 << 20, "64M": 64 << 20, "64m": 64 << 20, "64MiB": 64 << 20, "2G": 2 << 30, "1T": 1 << 40, "4k": 4096, "512B": 512,
+		"1.5G": 3 << 29, "0x10": 16 << 20, "0x1bk": 27 << 10, "0.25k": 256, "1.": 1 << 20, "1.0b": 1, "2P": 2 << 50, "0": 0,
 	} {
 		if got, err := parseSize(text, 1<<20); err != nil || got != want {
 			t.Errorf("%s: %d, %v", text, got, err)
 		}
 	}
-	for _, text := range []string{"", "M", "12X", "-1", "1.5G", "1MM", "99999999999999999999", "9999999999T", "0x10", "1 G"} {
+	for _, text := range []string{"", "M", "12X", "-1", "1.5B", ".5G", "0x", "0x1.8", "1e3", "1,5", "5E", "1..5G", "1MM", "99999999999999999999", "9999999999T", "1 G"} {
 		if got, err := parseSize(text, 1<<20); err == nil {
 			t.Errorf("%q is %d bytes", text, got)
 		}

@@ -311,7 +311,7 @@ func (p *plan) open(ctx context.Context, undo *opened, quit func()) (err error) 
 		}
 		node, recorder, err := p.openDisk(ctx, d)
 		if err != nil {
-			return err
+			return p.explainMissingDisk(d, err)
 		}
 		if recorder != nil {
 			undo.add(recorder.Close)
@@ -395,6 +395,16 @@ func explainMissing(flag, path string, err error) error {
 		return fmt.Errorf("%s %s: no permission to read it: change its mode or owner, or run as its owner", flag, path)
 	}
 	return err
+}
+
+// explainMissingDisk says that a disk may be made, where that is what may be wanted: not
+// in place of one that has been used.
+func (p *plan) explainMissingDisk(d diskPlan, err error) error {
+	_, statErr := os.Stat(d.path)
+	if !errors.Is(statErr, os.ErrNotExist) || formatOf(d.options.Format, d.path) != disk.FormatRaw || len(p.flags.checkpoint) > 0 {
+		return err
+	}
+	return fmt.Errorf("--disk file=%s: it does not exist: check the path, or create it (truncate -s 1G %s)", d.path, d.path)
 }
 
 // adviseOnPath says what to do where a socket or file cannot be made.
