@@ -95,7 +95,7 @@ NAME made at the instant that was served then.`,
 		case f.serve.address != "" && atRest:
 			return usageError(fmt.Errorf("%s is a disk that no machine uses: serve it by gnomon disk serve", args[0]))
 		case f.serve.address != "":
-			return onDisk(f.serve.run)(cmd, args)
+			return changingDisk(f.serve.run)(cmd, args)
 		case f.serve.since != "" || f.serve.mark != "" || f.serve.scratch != "":
 			return usageError(errors.New("--since, --mark and --scratch without --serve: say where the disk is to be served"))
 		case f.to == "" && f.into == "":
@@ -103,13 +103,13 @@ NAME made at the instant that was served then.`,
 		case f.to != "" && atRest:
 			return usageError(fmt.Errorf("%s is a disk that no machine uses: copy it by gnomon disk convert, or use --into", args[0]))
 		case f.to != "":
-			return onDisk(f.copyRunning)(cmd, args)
+			return changingDisk(f.copyRunning)(cmd, args)
 		case atRest && len(args) == 2:
 			return usageError(fmt.Errorf("%s is a disk: leave out %s", args[0], args[1]))
 		case atRest:
 			return f.addAtRest(cmd, args[0])
 		}
-		return onDisk(f.addRunning)(cmd, args)
+		return changingDisk(f.addRunning)(cmd, args)
 	}
 	cmd.AddCommand(newBackupListCommand(), newBackupRestoreCommand(), newBackupVerifyCommand(), newBackupPruneCommand())
 	return cmd

@@ -104,7 +104,7 @@ as it is at this instant: the snapshot. gnomon disk consolidate deletes it again
 		Args:    usageArgs(cobra.RangeArgs(1, 2)),
 	}
 	to := cmd.Flags().String("to", "", "`file` of the overlay to make")
-	cmd.RunE = onDisk(func(cmd *cobra.Command, c *client.Client, d *attachedDisk) error {
+	cmd.RunE = changingDisk(func(cmd *cobra.Command, c *client.Client, d *attachedDisk) error {
 		if *to == "" {
 			return usageError(errors.New("no --to: name the overlay to make"))
 		}
@@ -134,7 +134,11 @@ as it is at this instant: the snapshot. gnomon disk consolidate deletes it again
 // runDiskJob runs a block job under a name of its own.
 func runDiskJob(ctx context.Context, c *client.Client, label, command string, args map[string]any) error {
 	args["auto-dismiss"] = false
-	return runJob(ctx, c, label, fmt.Sprintf("%s-%d-%d", label, os.Getpid(), time.Now().UnixNano()), command, args)
+	id, err := nameJob(label)
+	if err != nil {
+		return err
+	}
+	return runJob(ctx, c, label, id, command, args)
 }
 
 func newDiskConsolidateCommand() *cobra.Command {
@@ -142,7 +146,8 @@ func newDiskConsolidateCommand() *cobra.Command {
 		Use:   "consolidate MACHINE [DISK] [--all | --top IMAGE] [--base IMAGE]",
 		Short: "Delete snapshots of a running machine's disk",
 		Long: `Delete the newest snapshot of a running machine's disk, Gnomon's or QEMU's: what the overlay holds goes into the image it
-lies on, while the machine uses it, and then the machine goes on there. Interrupted, it leaves the machine in its overlay.
+lies on, while the machine uses it, and then the machine goes on there. Interrupted, it leaves the machine in its overlay; the job of one
+that was killed is taken back by the next gnomon disk consolidate, snapshot or gnomon backup.
 A Gnomon machine's overlay is empty then, and still a name of the disk; QEMU's is of no use any more.
 
 With --base more than the newest goes: all images before that one. With --top an image in the middle of the chain goes, and
@@ -154,7 +159,7 @@ those between it and the base; the machine goes on in its overlay, and their fil
 	top := cmd.Flags().String("top", "", "first `image` to delete (default: the machine's overlay)")
 	to := cmd.Flags().String("base", "", "`image` that stays and gets what they hold (default: the overlay's; with --top the last)")
 	all := cmd.Flags().Bool("all", false, "delete all snapshots: everything goes into the last image of the chain")
-	cmd.RunE = onDisk(func(cmd *cobra.Command, c *client.Client, d *attachedDisk) error {
+	cmd.RunE = changingDisk(func(cmd *cobra.Command, c *client.Client, d *attachedDisk) error {
 		if d.Inserted.BackingFileDepth == 0 {
 			return errors.New("it has no snapshot: its image has no backing file")
 		}

@@ -66,7 +66,7 @@ func awaitJob(ctx context.Context, c *client.Client, label, id string) error {
 			}
 			return nil
 		}
-		if info.Status == "ready" && !completing && cancelled != nil {
+		if info.Status == "ready" && !completing && ctx.Err() == nil {
 			completing = true
 			if err := c.Execute(background, "job-complete", map[string]any{"id": id}, nil); err != nil {
 				return err
