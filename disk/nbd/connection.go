@@ -69,10 +69,16 @@ type connection struct {
 	free  []*request // guarded by mu
 	made  int        // guarded by mu: requests there are
 	bytes int64      // guarded by mu: those of requests under way
+	own   int64      // guarded by mu: of bytes, those that are not of the server's room
+
+	moved   atomic.Int64  // when the client has sent or taken something last, Unix nanoseconds
+	turns   atomic.Int32  // how many wait for the client to do so
+	gone    chan struct{} // closed by hangUp
+	closing sync.Once
 }
 
 func newConnection(s *Server, conn net.Conn) *connection {
-	c := &connection{server: s, conn: conn}
+	c := &connection{server: s, conn: conn, gone: make(chan struct{})}
 	c.ended.L = &c.mu
 	c.use(conn)
 	return c
@@ -105,8 +111,9 @@ func (c *connection) run() error {
 	var failure error
 	c.out = newSender(c.stream, func(err error) {
 		failure = err
-		c.conn.Close()
+		c.hangUp()
 	})
+	c.out.moves, c.out.turns = c.moves, &c.turns
 	c.late = time.AfterFunc(time.Hour, c.out.flush)
 	defer c.late.Stop()
 	c.work = make(chan *request, maxRequests)
@@ -114,7 +121,7 @@ func (c *connection) run() error {
 	err = c.receive()
 	close(c.work)
 	if err != nil {
-		c.conn.Close() // so that no reply waits for a client that does not read
+		c.hangUp() // so that no reply waits for a client that does not read
 	}
 	if c.ring != nil {
 		c.ring.close()
@@ -168,7 +175,10 @@ func (c *connection) receive() error {
 
 // accept has a request done.
 func (c *connection) accept(h header) error {
-	r := c.begin(h)
+	r, err := c.begin(h)
+	if err != nil {
+		return err
+	}
 	r.refusal = c.check(h)
 	if h.command == cmdWrite {
 		if r.refusal != nil {
@@ -182,7 +192,7 @@ func (c *connection) accept(h header) error {
 			if c.in.Buffered() < int(h.length) {
 				c.submit()
 			}
-			if _, err := io.ReadFull(c.in, r.data.bytes[:h.length]); err != nil {
+			if err := c.receiveInto(r.data.bytes[:h.length]); err != nil {
 				c.end(r)
 				return err
 			}
@@ -209,6 +219,23 @@ func (c *connection) accept(h header) error {
 	}
 	c.work <- r
 	return nil
+}
+
+// receiveInto fills b.
+func (c *connection) receiveInto(b []byte) error {
+	if len(b) > c.in.Buffered() {
+		c.itsTurn()
+		defer c.turns.Add(-1)
+	}
+	for len(b) > stride {
+		if _, err := io.ReadFull(c.in, b[:stride]); err != nil {
+			return err
+		}
+		b = b[stride:]
+		c.moves()
+	}
+	_, err := io.ReadFull(c.in, b)
+	return err
 }
 
 // isQuick tells whether the request is likely to be done soon.
@@ -263,13 +290,15 @@ func (c *connection) flush() {
 }
 
 // begin waits until there may be one more request.
-func (c *connection) begin(h header) *request {
+func (c *connection) begin(h header) (*request, error) {
 	payload := int64(0)
 	switch h.command {
 	case cmdRead, cmdWrite:
-		payload = min(int64(h.length), maxPayload)
+		payload = bufferSize(int(min(h.length, maxPayload)))
 	case cmdCache:
 		payload = cacheStep
+	case cmdBlockStatus:
+		payload = int64(len(c.contexts)) * maxExtents * 8
 	}
 	c.mu.Lock()
 	for len(c.free) == 0 && c.made == maxRequests || c.bytes > 0 && c.bytes+payload > maxBytes {
@@ -282,6 +311,10 @@ func (c *connection) begin(h header) *request {
 		c.ended.Wait()
 	}
 	c.bytes += payload
+	own := c.own+payload <= c.server.own
+	if own {
+		c.own += payload
+	}
 	var r *request
 	if last := len(c.free) - 1; last >= 0 {
 		r, c.free = c.free[last], c.free[:last]
@@ -290,8 +323,22 @@ func (c *connection) begin(h header) *request {
 		c.made++
 	}
 	c.mu.Unlock()
-	r.header, r.payload, r.refusal = h, payload, nil
-	return r
+	r.header, r.payload, r.refusal, r.own = h, payload, nil, own
+	if own {
+		return r, nil
+	}
+	if w := c.server.room.take(payload); w != nil {
+		c.flush()
+		if err := c.await(w); err != nil {
+			r.own, r.payload = true, 0
+			c.mu.Lock()
+			c.bytes -= payload
+			c.mu.Unlock()
+			c.end(r)
+			return nil, err
+		}
+	}
+	return r, nil
 }
 
 // end gives back what a request holds.
@@ -300,8 +347,17 @@ func (c *connection) end(r *request) {
 		putBuffer(r.data)
 		r.data = nil
 	}
+	if cap(r.body) > maxMessage*2 {
+		r.body = nil // what was counted is given back
+	}
+	if !r.own {
+		c.server.room.give(r.payload)
+	}
 	c.mu.Lock()
 	c.bytes -= r.payload
+	if r.own {
+		c.own -= r.payload
+	}
 	c.free = append(c.free, r)
 	c.ended.Signal()
 	c.mu.Unlock()

@@ -123,7 +123,7 @@ func (s *Server) Remove(ctx context.Context, name string, how Removal) error {
 	}
 	if how == RemoveHard {
 		for c := range x.clients {
-			c.conn.Close()
+			c.hangUp()
 		}
 	}
 	unused := x.unused

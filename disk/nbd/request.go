@@ -35,6 +35,7 @@ type request struct {
 	client  *connection
 	refusal error   // why it is not done; found before it begins
 	payload int64   // bytes it counts for
+	own     bool    // they are of the client's own part
 	data    *buffer // what is read or written, or nil
 
 	head  chunkHead             // of a reply that has one part

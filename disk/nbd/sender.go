@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"net"
 	"sync"
+	"sync/atomic"
 )
 
 // packet is a message that a sender sends.
@@ -33,6 +34,12 @@ type sender struct {
 	batch   []packet
 	parts   [][]byte
 	vectors net.Buffers
+	piece   [][]byte
+
+	// For who wants to know whether the other side takes what is sent, or nil: what is
+	// called when it has, and how many wait for that.
+	moves func()
+	turns *atomic.Int32
 }
 
 func newSender(conn net.Conn, failing func(error)) *sender {
@@ -98,15 +105,41 @@ func (s *sender) send() error {
 		s.parts = p.vectors(s.parts)
 	}
 	defer clear(s.parts)
+	if s.moves != nil {
+		s.moves()
+		s.turns.Add(1)
+		defer s.turns.Add(-1)
+	}
 	if s.buffer == nil {
-		s.vectors = s.parts
-		_, err := s.vectors.WriteTo(s.conn)
-		return err
+		return s.sendParts()
 	}
 	for _, part := range s.parts {
-		if _, err := s.buffer.Write(part); err != nil {
-			return err
+		for len(part) > 0 {
+			n := min(len(part), stride)
+			if _, err := s.buffer.Write(part[:n]); err != nil {
+				return err
+			}
+			part = part[n:]
+			if s.moves != nil {
+				s.moves()
+			}
 		}
 	}
 	return s.buffer.Flush()
+}
+
+// sendParts sends the parts, a stride at a time.
+func (s *sender) sendParts() error {
+	for rest := (stretch{bufs: s.parts}); len(rest.bufs) > 0; {
+		s.piece = rest.next(s.piece[:0], stride)
+		s.vectors = s.piece
+		if _, err := s.vectors.WriteTo(s.conn); err != nil {
+			return err
+		}
+		if len(rest.bufs) > 0 && s.moves != nil {
+			s.moves()
+		}
+	}
+	clear(s.piece)
+	return nil
 }

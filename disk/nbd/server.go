@@ -37,6 +37,10 @@ type Server struct {
 	connections map[*connection]struct{} // guarded by mu
 
 	running sync.WaitGroup // connections
+
+	room  room
+	own   int64         // bytes of requests that each client has to itself
+	stall time.Duration // stallTime, but in tests
 }
 
 // NewServer makes a server without exports.
@@ -44,7 +48,9 @@ func NewServer(o ServerOptions) *Server {
 	if o.MaxConnections <= 0 {
 		o.MaxConnections = 100
 	}
+	own := min(maxOwn, maxAll/2/int64(o.MaxConnections))
 	return &Server{
+		room: room{free: maxAll - own*int64(o.MaxConnections)}, own: own, stall: stallTime,
 		options:     o,
 		exports:     map[string]*exported{},
 		listeners:   map[net.Listener]bool{},
@@ -102,7 +108,7 @@ func (s *Server) ServeConn(conn net.Conn) {
 	go func() {
 		defer s.running.Done()
 		err := c.run()
-		conn.Close()
+		c.hangUp()
 		s.mu.Lock()
 		delete(s.connections, c)
 		s.mu.Unlock()
@@ -133,7 +139,7 @@ func (s *Server) Close() error {
 		l.Close()
 	}
 	for c := range s.connections {
-		c.conn.Close()
+		c.hangUp()
 	}
 	s.mu.Unlock()
 	s.running.Wait()

@@ -1,0 +1,133 @@
+package nbd
+
+import (
+	"encoding/binary"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// eventually waits for what others do.
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for range 10_000 {
+		if is() {
+			return
+		}
+		<-time.After(time.Millisecond)
+	}
+	t.Fatal("never: ", what)
+}
+
+// Clients that read nothing hold no more than all may. Others are served meanwhile, the
+// room is given back when they go, and the memory soon after.
+func TestRoomOfAll(t *testing.T) {
+	var dropped atomic.Int32
+	s, address := serve(t, ServerOptions{Report: func(err error) {
+		if strings.Contains(err.Error(), "others wait") {
+			dropped.Add(1)
+		}
+	}}, Export{Node: newMemory(64 << 20)})
+	free := func() int64 {
+		s.room.mu.Lock()
+		defer s.room.mu.Unlock()
+		return s.room.free
+	}
+	waiting := func() int {
+		s.room.mu.Lock()
+		defer s.room.mu.Unlock()
+		return len(s.room.queue)
+	}
+	all := free()
+	var greedy []wire
+	for range 8 {
+		w := newWire(t, address)
+		w.enter("", false)
+		for i := range 4 {
+			w.request(header{command: cmdRead, cookie: uint64(i), length: maxPayload})
+		}
+		greedy = append(greedy, w)
+	}
+	eventually(t, "clients wait for room", func() bool { return waiting() > 0 && free() < maxPayload })
+	// A client with small requests does not wait.
+	small := newWire(t, address)
+	small.enter("", false)
+	small.request(header{command: cmdRead, cookie: 7, length: 256 << 10})
+	if code, cookie := small.simple(); code != 0 || cookie != 7 {
+		t.Errorf("error %d of request %d", code, cookie)
+	}
+	small.read(256 << 10)
+	if dropped.Load() > 0 || free() < 0 {
+		t.Errorf("%d were disconnected, %d bytes are free", dropped.Load(), free())
+	}
+	for _, w := range greedy {
+		w.conn.Close()
+	}
+	eventually(t, "room is given back", func() bool { return free() == all && waiting() == 0 })
+	eventually(t, "memory is given back", func() bool {
+		large.mu.Lock()
+		defer large.mu.Unlock()
+		return large.bytes == 0
+	})
+}
+
+// A client that does not read is disconnected when others wait for its room.
+func TestWhoDoesNotReadGoes(t *testing.T) {
+	var dropped atomic.Int32
+	s, address := serve(t, ServerOptions{Report: func(err error) {
+		if strings.Contains(err.Error(), "others wait") {
+			dropped.Add(1)
+		}
+	}}, Export{Node: newMemory(64 << 20)})
+	s.room.mu.Lock()
+	s.room.free = maxPayload
+	s.room.mu.Unlock()
+	s.stall = 200 * time.Millisecond // nobody is connected yet
+	for i, begin := range []func(w wire){
+		func(w wire) { w.request(header{command: cmdRead, length: maxPayload}) },
+		func(w wire) { w.request(header{command: cmdWrite, length: maxPayload}, 1, 2, 3) }, // and no more
+	} {
+		idle := newWire(t, address)
+		idle.enter("", false)
+		begin(idle)
+		eventually(t, "the room is taken", func() bool {
+			s.room.mu.Lock()
+			defer s.room.mu.Unlock()
+			return s.room.free == 0
+		})
+		w := newWire(t, address)
+		w.enter("", false)
+		w.request(header{command: cmdRead, cookie: 1, length: maxPayload})
+		if b := w.read(simpleSize); binary.BigEndian.Uint32(b[4:]) != 0 || dropped.Load() != int32(i+1) {
+			t.Errorf("%x; %d were disconnected", b, dropped.Load())
+		}
+		w.read(maxPayload)
+		w.conn.Close()
+		eventually(t, "the room is free", func() bool {
+			s.room.mu.Lock()
+			defer s.room.mu.Unlock()
+			return s.room.free == maxPayload
+		})
+	}
+}
+
+// A wait for room ends with the connection.
+func TestWaitForRoomEnds(t *testing.T) {
+	s, address := serve(t, ServerOptions{}, Export{Node: newMemory(64 << 20)})
+	s.room.mu.Lock()
+	s.room.free = 0
+	s.room.mu.Unlock()
+	w := newWire(t, address)
+	w.enter("", false)
+	w.request(header{command: cmdRead, length: maxPayload})
+	eventually(t, "it waits", func() bool {
+		s.room.mu.Lock()
+		defer s.room.mu.Unlock()
+		return len(s.room.queue) == 1
+	})
+	s.Close()
+	if len(s.room.queue) != 0 || s.room.free != 0 {
+		t.Errorf("%d wait, %d bytes are free", len(s.room.queue), s.room.free)
+	}
+}
