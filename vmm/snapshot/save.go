@@ -256,7 +256,13 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 // left to the pause. The capture it returns may be another.
 func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap, o SaveOptions) (*capture.Capture, error) {
 	if only == nil {
-		return c, c.Rearm()
+		if err := c.Rearm(); err != nil {
+			return c, err
+		}
+		// What was written until now will be in this file, if it is completed. What is
+		// written from now until the pause is in the next child, too: to collect it in the
+		// pause would take time that grows with the memory.
+		return c, s.m.Dirty().CollectInto(s.since)
 	}
 	more := dirty.NewBitmapOf(s.m.Memory())
 	if err := s.m.Dirty().CollectInto(more); err != nil {
@@ -324,17 +330,12 @@ func (s *Saver) freeze(c *capture.Capture, disks *keeper, o SaveOptions, r *Repo
 	var more *dirty.Bitmap
 	if o.Parent != "" {
 		more = dirty.NewBitmapOf(s.m.Memory())
-	}
-	if more != nil {
 		if err = s.m.Dirty().CollectInto(more); err == nil {
 			err = s.since.Merge(more)
 		}
-	} else {
-		// What was written until now will be in this file, if it is completed.
-		err = s.m.Dirty().CollectInto(s.since)
-	}
-	if err != nil {
-		return nil, nil, err
+		if err != nil {
+			return nil, nil, err
+		}
 	}
 	if err = c.Freeze(more); err != nil {
 		return nil, nil, err
