@@ -162,6 +162,15 @@ func TestDisksOfMachines(t *testing.T) {
 	}
 }
 
+// launchWriting launches a machine that has written to a new raw image of 16 MiB, and goes
+// on doing so.
+func launchWriting(ctx context.Context, t *testing.T, vmm, img, socket string) {
+	t.Helper()
+	qemuImg(ctx, t, "create", "-q", "-f", "raw", img, "16M")
+	_, serial := launchEither(ctx, t, vmm, "blk op=randwrite qd=4 count=1000; wait for=first; blk op=randwrite qd=4 count=100000000 seed=3", img, "", socket)
+	readUntil(serial, "for=first")
+}
+
 // launchEither launches a machine of ours or of QEMU's with the probe guest and one
 // disk, disk0, and waits for its QMP socket. The options of the disk are for ours.
 func launchEither(ctx context.Context, t *testing.T, vmm, words, img, options, socket string) (*process, io.ReadWriter) {

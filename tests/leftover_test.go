@@ -34,10 +34,8 @@ func TestJobsOfKilledCommands(t *testing.T) {
 		t.Run(vmm, func(t *testing.T) {
 			dir := t.TempDir()
 			at := func(name string) string { return filepath.Join(dir, name) }
-			img, machine := at("disk.img"), at("qmp.sock")
-			qemuImg(ctx, t, "create", "-q", "-f", "raw", img, "16M")
-			_, serial := launchEither(ctx, t, vmm, "blk op=randwrite qd=4 count=1000; wait for=first; blk op=randwrite qd=4 count=100000000 seed=3", img, "", machine)
-			readUntil(serial, "for=first")
+			machine := at("qmp.sock")
+			launchWriting(ctx, t, vmm, at("disk.img"), machine)
 			command(ctx, t, "disk", "snapshot", machine, "disk0", "--to", at("one.qcow2"))
 			leave := func(id string) {
 				t.Helper()

@@ -127,10 +127,8 @@ func TestPullKilled(t *testing.T) {
 		t.Run(vmm, func(t *testing.T) {
 			dir := t.TempDir()
 			at := func(name string) string { return filepath.Join(dir, name) }
-			img, machine, socket, scratch := at("disk.img"), at("qmp.sock"), at("nbd.sock"), at("scratch.qcow2")
-			qemuImg(ctx, t, "create", "-q", "-f", "raw", img, "16M")
-			_, serial := launchEither(ctx, t, vmm, "blk op=randwrite qd=4 count=1000; wait for=first; blk op=randwrite qd=4 count=100000000 seed=3", img, "", machine)
-			readUntil(serial, "for=first")
+			machine, socket, scratch := at("qmp.sock"), at("nbd.sock"), at("scratch.qcow2")
+			launchWriting(ctx, t, vmm, at("disk.img"), machine)
 			served(ctx, t, func(string) {}, machine, "--serve", "unix:"+socket, "--mark", "one")
 			serve := []string{"backup", machine, "--serve", "unix:" + socket, "--since", "one", "--scratch", scratch}
 			for range 2 {

@@ -10,12 +10,12 @@ import (
 type Pace struct {
 	rate int64 // bytes a second; 0: no limit
 
-	mu  sync.Mutex
-	due time.Time // when all that was counted is within the rate; guarded by mu
+	mu    sync.Mutex
+	moved bucket // guarded by mu
 }
 
 // NewPace makes a Pace of rate bytes a second; 0: no limit.
-func NewPace(rate int64) *Pace { return &Pace{rate: rate} }
+func NewPace(rate int64) *Pace { return &Pace{rate: rate, moved: bucket{Limit: Limit{Rate: rate}}} }
 
 // Wait counts n bytes that were moved, and returns when more may be, or when ctx ends,
 // with its cause.
@@ -37,9 +37,7 @@ func (p *Pace) Wait(ctx context.Context, n int64) error {
 func (p *Pace) count(n int64, now time.Time) time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.due.Before(now) { // what was not used is not saved up
-		p.due = now
-	}
-	p.due = p.due.Add(time.Duration(min(float64(n)/float64(p.rate), 1e9) * float64(time.Second)))
-	return p.due.Sub(now)
+	p.moved.leak(now)
+	p.moved.level += float64(n)
+	return leaked(p.moved.level, p.rate)
 }

@@ -90,11 +90,16 @@ func (b *bucket) wait() time.Duration {
 	if b.Max > 0 {
 		brim = float64(b.Max) * float64(max(1, b.BurstSeconds))
 	}
-	seconds := max(0, b.level-brim) / float64(b.Rate)
+	wait := leaked(b.level-brim, b.Rate)
 	if b.BurstSeconds > 1 {
-		seconds = max(seconds, (b.burst-float64(b.Max)/10)/float64(b.Max))
+		wait = max(wait, leaked(b.burst-float64(b.Max)/10, b.Max))
 	}
-	return time.Duration(min(seconds, 1e9) * float64(time.Second))
+	return wait
+}
+
+// leaked is how long it takes until so much has leaked.
+func leaked(level float64, rate int64) time.Duration {
+	return time.Duration(min(max(0, level)/float64(rate), 1e9) * float64(time.Second))
 }
 
 // throttle holds a disk's requests back.

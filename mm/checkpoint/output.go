@@ -51,8 +51,10 @@ type output struct {
 	writes   int64      // system calls
 }
 
-func (o *output) init(file *os.File, noFlush bool, mu *sync.Mutex) {
-	o.file, o.noFlush, o.mu, o.changed = file, noFlush, mu, sync.NewCond(mu)
+// init is for a file of so many bytes of memory.
+func (o *output) init(file *os.File, memory uint64, noFlush bool, mu *sync.Mutex) {
+	o.file, o.noFlush, o.late = file, noFlush, noFlush && memory <= cachedMemory
+	o.mu, o.changed = mu, sync.NewCond(mu)
 }
 
 // size is that of the file so far.

@@ -111,8 +111,7 @@ func create(path string, o CreateOptions) (*Writer, error) {
 	if err != nil {
 		return nil, advise(err)
 	}
-	w.out.init(file, o.NoFlush, &w.mu)
-	w.out.late = o.NoFlush && expect*PageSize <= cachedMemory
+	w.out.init(file, expect*PageSize, o.NoFlush, &w.mu)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.out.add(0, head)

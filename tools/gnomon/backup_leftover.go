@@ -40,23 +40,11 @@ func hold(path string) (*os.File, error) {
 // takeBackLeftover takes back what a killed command has left on a machine, and tells
 // whether there was something.
 func (p *pull) takeBackLeftover(ctx context.Context) (bool, error) {
-	var nodes []struct {
-		NodeName string `json:"node-name"`
-		File     string `json:"file"`
-	}
-	if err := p.c.Execute(ctx, "query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
+	files, err := nodeFiles(ctx, p.c)
+	if _, there := files[pullNode]; !there || err != nil {
 		return false, err
 	}
-	there, scratch := false, ""
-	for _, n := range nodes {
-		there = there || n.NodeName == pullNode
-		if n.NodeName == pullFile {
-			scratch = n.File
-		}
-	}
-	if !there {
-		return false, nil
-	}
+	scratch := files[pullFile]
 	lock, err := hold(scratch)
 	if err != nil {
 		if errors.Is(err, unix.EWOULDBLOCK) {
@@ -76,6 +64,22 @@ func (p *pull) takeBackLeftover(ctx context.Context) (bool, error) {
 		_ = os.Remove(dir) // it may have been somebody's own of that name
 	}
 	return true, nil
+}
+
+// nodeFiles are the files of a machine's nodes, by the nodes' names.
+func nodeFiles(ctx context.Context, c *client.Client) (map[string]string, error) {
+	var nodes []struct {
+		NodeName string `json:"node-name"`
+		File     string `json:"file"`
+	}
+	if err := c.Execute(ctx, "query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
+		return nil, err
+	}
+	files := map[string]string{}
+	for _, n := range nodes {
+		files[n.NodeName] = n.File
+	}
+	return files, nil
 }
 
 // dismantle takes back what a command did to the machine, as far as it came.
@@ -112,7 +116,7 @@ func (p *pull) dismantle(ctx context.Context) error {
 		}
 	}
 	for _, id := range ours {
-		if err := p.cancel(ctx, id); err != nil {
+		if err := endJob(ctx, p.c, id); err != nil {
 			return err
 		}
 	}

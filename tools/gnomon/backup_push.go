@@ -97,35 +97,19 @@ func takeBackPush(ctx context.Context, c *client.Client, archiveID string) (left
 	}
 	if slices.ContainsFunc(jobs, func(j jobInfo) bool { return j.ID == name }) {
 		left = true
-		cancelled, cancel := context.WithCancel(ctx)
-		cancel() // a job whose context has ended is cancelled
-		_ = awaitJob(cancelled, c, "backup", name)
+		_ = endJob(ctx, c, name) // it may have failed
 	}
-	if there, err := hasNode(ctx, c, name); !there || err != nil {
+	files, err := nodeFiles(ctx, c)
+	if _, there := files[name]; !there || err != nil {
 		return left, err
 	}
 	err = c.Execute(ctx, "blockdev-del", map[string]any{"node-name": name}, nil)
 	if err != nil {
 		// That its server is gone may be told; the node goes nevertheless.
-		if there, again := hasNode(ctx, c, name); !there && again == nil {
+		files, again := nodeFiles(ctx, c)
+		if _, there := files[name]; !there && again == nil {
 			err = nil
 		}
 	}
 	return true, err
-}
-
-// hasNode tells whether a machine has a node of a name.
-func hasNode(ctx context.Context, c *client.Client, name string) (bool, error) {
-	var nodes []struct {
-		NodeName string `json:"node-name"`
-	}
-	if err := c.Execute(ctx, "query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
-		return false, err
-	}
-	for _, n := range nodes {
-		if n.NodeName == name {
-			return true, nil
-		}
-	}
-	return false, nil
 }

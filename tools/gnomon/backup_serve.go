@@ -157,7 +157,7 @@ func (p *pull) begin(ctx context.Context, f *pullFlags, d *attachedDisk, addr ma
 		if f.since != "" {
 			bitmap = p.c.Execute(ctx, "block-dirty-bitmap-remove", map[string]any{"node": p.node, "name": pullBitmap}, nil)
 		}
-		return errors.Join(p.cancel(ctx, job), bitmap)
+		return errors.Join(endJob(ctx, p.c, job), bitmap)
 	}); err != nil {
 		return "", err
 	}
@@ -217,15 +217,4 @@ func (p *pull) keep(ctx context.Context, job string) error {
 			}
 		}
 	}
-}
-
-// cancel ends the job, and returns when it has ended.
-func (p *pull) cancel(ctx context.Context, job string) error {
-	ended, cancel := context.WithCancel(ctx)
-	cancel() // a job whose context has ended is cancelled
-	err := awaitJob(ended, p.c, "serve", job)
-	if errors.Is(err, context.Canceled) {
-		return nil
-	}
-	return err
 }

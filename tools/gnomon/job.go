@@ -83,6 +83,18 @@ func awaitJob(ctx context.Context, c *client.Client, label, id string) error {
 	}
 }
 
+// endJob cancels a job, waits for that, and dismisses it. The error is of a job that has
+// failed otherwise.
+func endJob(ctx context.Context, c *client.Client, id string) error {
+	ended, cancel := context.WithCancel(ctx)
+	cancel() // a job whose context has ended is cancelled
+	err := awaitJob(ended, c, "ending", id)
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
 func findJob(ctx context.Context, c *client.Client, id string) (*jobInfo, error) {
 	var jobs []jobInfo
 	if err := c.Execute(ctx, "query-jobs", nil, &jobs); err != nil {

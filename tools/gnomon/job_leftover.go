@@ -102,10 +102,7 @@ func takeBackJobs(ctx context.Context, c *client.Client) (left bool, err error) 
 			continue
 		}
 		left = true
-		cancelled, cancel := context.WithCancel(ctx)
-		cancel() // a job whose context has ended is cancelled
-		// It may have failed, or somebody else takes it back at the same time.
-		_ = awaitJob(cancelled, c, "taking back", j.ID)
+		_ = endJob(ctx, c, j.ID) // it may have failed, or somebody else takes it back at the same time
 		report("took back job %s, which a gnomon that was killed had left on the machine", j.ID)
 	}
 	return left, nil

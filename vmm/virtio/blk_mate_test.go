@@ -233,56 +233,7 @@ func TestBlkLargeModel(t *testing.T) {
 }
 
 func TestBlkLargeDoesNotAllocate(t *testing.T) {
-	mem := testMemory(t)
-	d, heap := newDriver(mem, 0x4000, 64, allFeatures)
-	q := must(newQueue(mem, 0, allFeatures, &d.state))
-	q.gate = newGate()
-	blk, err := NewBlk(BlkConfig{Node: &memNode{data: make([]byte, 1<<20)}, Depth: 8})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := blk.Start(allFeatures, []*Queue{q}, nil); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		q.gate.stop()
-		blk.Stop()
-	}()
-	_ = mem.Write(heap, make([]byte, 16))
-	segs := []segment{{heap, 16, false}, {heap + 4096, blkLarge, true}, {heap + 16, 1, true}}
-	// What the driver model allocates counts, too: it is measured alone.
-	round := func(serve func()) func() {
-		return func() {
-			for tag := range 16 {
-				if !d.add(segs, true, tag) {
-					t.Fatal("ring is full")
-				}
-			}
-			serve()
-			for n := 0; n < 16; {
-				if _, _, ok := d.used(); ok {
-					n++
-				} else {
-					runtime.Gosched()
-				}
-			}
-		}
-	}
-	var c Chain
-	driver := testing.AllocsPerRun(50, round(func() {
-		for range 16 {
-			if ok, err := q.Pop(&c); !ok || err != nil {
-				t.Fatal(ok, err)
-			}
-			_ = q.Push(&c, 0)
-		}
-	}))
-	n := testing.AllocsPerRun(50, round(func() {
-		if err := blk.Handle(q); err != nil {
-			t.Fatal(err)
-		}
-	}))
-	if n > driver+1 {
-		t.Errorf("%v allocations for 16 requests, of which %v are the driver's", n, driver)
+	if extra := blkAllocations(t, &memNode{data: make([]byte, 1<<20)}, 16, blkLarge); extra > 1 {
+		t.Errorf("%v allocations for 16 requests", extra)
 	}
 }
