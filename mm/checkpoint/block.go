@@ -91,34 +91,39 @@ func (w *Writer) BlockAt(order uint64, pfns []uint64, pages [][]byte) error {
 		sum = checksum(stored...)
 	}
 
+	number, err := w.place(&block, stored, sum)
+	if err != nil {
+		return err
+	}
+	return w.index(s, number, pfns)
+}
+
+// place puts a block, unless it is empty, into the file, and returns its number.
+func (w *Writer) place(block *writtenBlock, stored [][]byte, sum uint32) (uint32, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if err := w.failed(); err != nil {
-		return err
+	if err := w.failed(); err != nil || len(stored) == 0 {
+		return 0, err
 	}
-	if len(w.blocks) >= maxBlocks {
-		return w.failLocked(fmt.Errorf("it has %d blocks already", len(w.blocks)))
+	behind := false
+	if block.codec == codecRaw {
+		block.extent, behind = w.out.addBehind(sum, stored)
 	}
-	direct := false
-	if len(s.kept) > 0 {
-		if block.codec == codecRaw {
-			block.extent, direct = w.out.addBehind(sum, stored)
-		}
-		if !direct {
-			block.extent = w.out.add(sum, stored...)
-		}
-		w.blocks = append(w.blocks, block)
-		w.dir.blockBytes += uint64(block.length)
+	if !behind {
+		block.extent = w.out.add(sum, stored...)
 	}
-	if err := w.index(s, pfns); err != nil {
-		return err
+	number := uint32(len(w.blocks))
+	if number >= maxBlocks {
+		return 0, w.failLocked(fmt.Errorf("it has %d blocks already", number))
 	}
-	if direct {
+	w.blocks = append(w.blocks, *block)
+	w.dir.blockBytes += uint64(block.length)
+	if behind {
 		w.out.write(stored...)
 	} else {
 		w.out.writeFull()
 	}
-	return w.failed()
+	return number, w.failed()
 }
 
 // findEqual finds the pages that are zero or in the file already. The pages of a block that
@@ -154,8 +159,6 @@ func (w *Writer) sum(s *staging, i int, page []byte) {
 // findLike looks pages up by what they are known by. Those that have the print of one
 // that is in the file are noted in s.looked.
 func (w *Writer) findLike(s *staging, pages [][]byte) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	for i := range pages {
 		if s.entries[i] != 0 {
 			continue
@@ -172,7 +175,9 @@ func (w *Writer) findLike(s *staging, pages [][]byte) {
 		s.looked |= 1 << i
 		s.like[i] = likeness{slot: slot}
 		if alone { // its block is not compressed: see index
+			w.mu.Lock()
 			s.like[i].at = w.blocks[slot/BlockPages-1].offset + uint64(slot%BlockPages)*PageSize
+			w.mu.Unlock()
 		}
 	}
 }
@@ -192,8 +197,6 @@ func (w *Writer) compare(s *staging, i int, page []byte) {
 	}
 	if s.summed&(1<<i) == 0 {
 		w.sum(s, i, page)
-		w.mu.Lock()
-		defer w.mu.Unlock()
 		s.entries[i] = w.dup.find(&s.sums[i])
 	}
 }
@@ -244,10 +247,9 @@ func (s *staging) gather(pages [][]byte) {
 	}
 }
 
-// index makes the entries of a block's pages in the page index; mu is held. If
-// some have a slot, the block is the last one.
-func (w *Writer) index(s *staging, pfns []uint64) error {
-	block := uint32(len(w.blocks) - 1)
+// index makes the entries of a block's pages in the page index. If some have a slot, it is
+// in the block of that number.
+func (w *Writer) index(s *staging, number uint32, pfns []uint64) error {
 	var zero, duplicate uint64
 	kept := 0
 	for i, pfn := range pfns {
@@ -256,7 +258,7 @@ func (w *Writer) index(s *staging, pfns []uint64) error {
 		case entry == entryZero:
 			zero++
 		case entry == 0:
-			entry = slotEntry(block, s.slots[i])
+			entry = slotEntry(number, s.slots[i])
 			if kept < len(s.kept) && s.kept[kept] == i {
 				kept++
 				w.dup.add(s.sumOf(i), s.prints[i], entry)
@@ -265,16 +267,25 @@ func (w *Writer) index(s *staging, pfns []uint64) error {
 			fallthrough
 		default:
 			duplicate++
-			w.blocks[entry/BlockPages-1].shared |= 1 << (entry % BlockPages)
+			w.share(entry)
 		}
 		if err := w.set(pfn, entry); err != nil {
 			return err
 		}
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.dir.zeroPages += zero
 	w.dir.duplicatePages += duplicate
 	w.dir.dataPages += uint64(kept)
 	return nil
+}
+
+// share notes that more pages than one are in a slot.
+func (w *Writer) share(entry uint32) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.blocks[entry/BlockPages-1].shared |= 1 << (entry % BlockPages)
 }
 
 // compress returns the bytes of the pages that get a slot, compressed, or as they are if

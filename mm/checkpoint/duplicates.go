@@ -5,6 +5,8 @@ import (
 	"crypto/cipher"
 	"crypto/rand"
 	"hash/maphash"
+	"sync"
+	"sync/atomic"
 )
 
 // duplicates finds pages whose like is in the file already. Its memory is bounded: what
@@ -27,9 +29,10 @@ type duplicates struct {
 	places [printWords]int // of the words of a print
 
 	// By the low bits of the sum, and of the print, some behind each other in the order in
-	// which they came, the newest first; both guarded by the Writer's mu.
-	summed  [][ways]summedPage
-	printed [][ways]printedPage
+	// which they came, the newest first.
+	mu      sync.Mutex
+	summed  [][ways]summedPage // guarded by mu
+	printed [][ways]atomic.Uint64
 }
 
 type (
@@ -41,12 +44,13 @@ type (
 		sum  pageSum
 		slot uint32 // 0: none
 	}
-	// printedPage is a page that was added, by its print.
-	printedPage struct {
-		print uint32 // its upper half
-		slot  uint32 // 0: none
-		alone bool   // its sum is not known
-	}
+)
+
+// A page in printed is the upper 31 bits of its print, then a bit if its sum is not known,
+// then 32 for the slot. 0: none.
+const (
+	printMask = (1<<31 - 1) << 33
+	aloneBit  = 1 << 32
 )
 
 const (
@@ -63,7 +67,7 @@ func newDuplicates(pages uint64) (*duplicates, error) {
 	for n < pages && n < maxDuplicates {
 		n *= 2
 	}
-	d := &duplicates{summed: make([][ways]summedPage, n/ways), printed: make([][ways]printedPage, n/ways), seed: maphash.MakeSeed()}
+	d := &duplicates{summed: make([][ways]summedPage, n/ways), printed: make([][ways]atomic.Uint64, n/ways), seed: maphash.MakeSeed()}
 	secret := make([]byte, 32+printWords)
 	rand.Read(secret) // never fails
 	block, err := aes.NewCipher(secret[:32])
@@ -96,6 +100,8 @@ func (d *duplicates) print(page []byte) pagePrint {
 
 // find returns the slot that holds a page of that sum, or 0.
 func (d *duplicates) find(sum *pageSum) uint32 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	like := d.like(sum)
 	for i := range like {
 		if p := &like[i]; p.slot != 0 && p.sum == *sum {
@@ -108,9 +114,10 @@ func (d *duplicates) find(sum *pageSum) uint32 {
 // findPrint returns the slot that holds a page of that print, or 0, and whether it is known
 // by the print alone.
 func (d *duplicates) findPrint(print pagePrint) (slot uint32, alone bool) {
-	for _, p := range d.likePrint(print) {
-		if p.slot != 0 && p.print == uint32(print>>32) {
-			return p.slot, p.alone
+	like := d.likePrint(print)
+	for i := range like {
+		if p := like[i].Load(); p != 0 && (p^uint64(print))&printMask == 0 {
+			return uint32(p), p&aloneBit != 0
 		}
 	}
 	return 0, false
@@ -118,10 +125,17 @@ func (d *duplicates) findPrint(print pagePrint) (slot uint32, alone bool) {
 
 // add adds a page. sum is nil if it is to be known by its print alone.
 func (d *duplicates) add(sum *pageSum, print pagePrint, slot uint32) {
-	like := d.likePrint(print)
-	copy(like[1:], like[:])
-	like[0] = printedPage{print: uint32(print >> 32), slot: slot, alone: sum == nil}
+	p := uint64(print)&printMask | uint64(slot)
+	if sum == nil {
+		p |= aloneBit
+	}
+	// Whoever adds another at the same time may make one of them be forgotten.
+	for like, i := d.likePrint(print), 0; i < ways && p != 0; i++ {
+		p = like[i].Swap(p)
+	}
 	if sum != nil {
+		d.mu.Lock()
+		defer d.mu.Unlock()
 		like := d.like(sum)
 		copy(like[1:], like[:])
 		like[0] = summedPage{sum: *sum, slot: slot}
@@ -132,6 +146,6 @@ func (d *duplicates) like(sum *pageSum) *[ways]summedPage {
 	return &d.summed[le.Uint64(sum[:])%uint64(len(d.summed))]
 }
 
-func (d *duplicates) likePrint(print pagePrint) *[ways]printedPage {
+func (d *duplicates) likePrint(print pagePrint) *[ways]atomic.Uint64 {
 	return &d.printed[uint64(print)%uint64(len(d.printed))]
 }

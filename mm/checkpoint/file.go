@@ -285,15 +285,33 @@ func (f *file) extents() ([]place, error) {
 		if e.length == 0 {
 			continue
 		}
-		if e.offset != at {
-			return nil, f.wrap(fmt.Errorf("%w: what is at offset %d has no use, or two", ErrDamaged, min(at, e.offset)))
+		if err := f.padding(at, e.offset); err != nil {
+			return nil, err
 		}
 		at = e.end()
 	}
-	if at != f.end {
-		return nil, f.wrap(fmt.Errorf("%w: what is at offset %d has no use", ErrDamaged, at))
+	return all, f.padding(at, f.end)
+}
+
+// padding checks that what lies between two extents is zeros that fill up a page, if it is
+// anything.
+func (f *file) padding(from, to uint64) error {
+	if to == from {
+		return nil
 	}
-	return all, nil
+	if to < from || to%PageSize != 0 || to-from >= PageSize {
+		return f.wrap(fmt.Errorf("%w: what is at offset %d has no use, or two", ErrDamaged, min(from, to)))
+	}
+	b := make([]byte, to-from)
+	if _, err := f.f.ReadAt(b, int64(from)); err != nil {
+		return f.wrap(err)
+	}
+	for i, c := range b {
+		if c != 0 {
+			return f.wrap(fmt.Errorf("%w: what is at offset %d has no use", ErrDamaged, from+uint64(i)))
+		}
+	}
+	return nil
 }
 
 // place is an extent and what is there: the i-th of its kind.

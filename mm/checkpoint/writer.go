@@ -47,12 +47,14 @@ type Writer struct {
 	layout *layout
 	dup    *duplicates
 	calls  atomic.Uint64
+	// pages is the page index by chunks, nil where nothing was said; blocks are numbered as
+	// in blocks.
+	pages []atomic.Pointer[pageChunk]
 
 	mu     sync.Mutex // guards everything below
 	out    output
-	err    error      // why there can be no Commit
-	ended  bool       // Commit or Abort was called
-	pages  [][]uint32 // the page index by chunks, nil where nothing was said; blocks are numbered as in blocks
+	err    error // why there can be no Commit
+	ended  bool  // Commit or Abort was called
 	blocks []writtenBlock
 	dir    directory
 }
@@ -89,7 +91,7 @@ func create(path string, o CreateOptions) (*Writer, error) {
 	w := &Writer{
 		path: path, layout: l,
 		header: header{id: newID(), ranges: l.ranges},
-		pages:  make([][]uint32, l.chunks()),
+		pages:  make([]atomic.Pointer[pageChunk], l.chunks()),
 	}
 	if o.Parent != "" {
 		if err := w.setParent(o.Parent); err != nil {
@@ -182,6 +184,15 @@ func sameMemory(have, want []guestmem.Range) error {
 // ID is the new checkpoint's.
 func (w *Writer) ID() ID { return w.header.id }
 
+// Depth is how many calls of BlockAt at a time it has use for, because they wait for the disk;
+// 0: no more than there are processors.
+func (w *Writer) Depth() int {
+	if w.out.direct == nil {
+		return 0
+	}
+	return directDepth
+}
+
 // Stats tells what was done so far.
 func (w *Writer) Stats() WriteStats {
 	w.mu.Lock()
@@ -252,33 +263,31 @@ func (w *Writer) Section(name string, version uint32, data []byte) error {
 // Zero says that pages, by their numbers, are zero.
 func (w *Writer) Zero(pfns ...uint64) error {
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	if err := w.failed(); err != nil {
-		return err
+	err := w.failed()
+	w.dir.zeroPages += uint64(len(pfns))
+	w.mu.Unlock()
+	for i := 0; i < len(pfns) && err == nil; i++ {
+		err = w.set(pfns[i], entryZero)
 	}
-	for _, pfn := range pfns {
-		if err := w.set(pfn, entryZero); err != nil {
-			return err
-		}
-		w.dir.zeroPages++
-	}
-	return nil
+	return err
 }
 
-// set makes the entry of a page in the page index; mu is held.
+// set makes the entry of a page in the page index.
 func (w *Writer) set(pfn uint64, entry uint32) error {
 	i, ok := w.layout.index(pfn)
 	if !ok {
-		return w.failLocked(fmt.Errorf("page %#x is not RAM", pfn))
+		return w.fail(fmt.Errorf("page %#x is not RAM", pfn))
 	}
-	chunk := w.pages[i/chunkPages]
+	at := &w.pages[i/chunkPages]
+	chunk := at.Load()
 	if chunk == nil {
-		chunk = make([]uint32, chunkPages)
-		w.pages[i/chunkPages] = chunk
+		if chunk = new(pageChunk); !at.CompareAndSwap(nil, chunk) {
+			chunk = at.Load()
+		}
 	}
 	// At once: in memory that is new, to read before is a page fault more.
 	if atomic.SwapUint32(&chunk[i%chunkPages], entry) != entryInherit {
-		return w.failLocked(fmt.Errorf("page %#x was there before", pfn))
+		return w.fail(fmt.Errorf("page %#x was there before", pfn))
 	}
 	return nil
 }
@@ -302,6 +311,9 @@ func (w *Writer) Commit() error {
 
 // commit is Commit; mu is held.
 func (w *Writer) commit() error {
+	if err := w.out.finish(); err != nil {
+		return err
+	}
 	w.sortBlocks()
 	w.addBlockIndex()
 	w.addPageIndex()
@@ -348,7 +360,11 @@ func (w *Writer) sortBlocks() {
 		sorted[to], number[from] = w.blocks[from], uint32(to)
 	}
 	w.blocks = sorted
-	for _, chunk := range w.pages {
+	for at := range w.pages {
+		chunk := w.pages[at].Load()
+		if chunk == nil {
+			continue
+		}
 		for i, entry := range chunk {
 			if entry >= firstSlot {
 				chunk[i] = slotEntry(number[entry/BlockPages-1], int(entry%BlockPages))
@@ -373,7 +389,8 @@ func (w *Writer) addBlockIndex() {
 func (w *Writer) addPageIndex() {
 	raw := make([]byte, 0, chunkPages*4)
 	stored := make([]byte, s2.MaxEncodedLen(cap(raw)))
-	for _, chunk := range w.pages {
+	for at := range w.pages {
+		chunk := w.pages[at].Load()
 		if chunk == nil {
 			w.dir.pageChunks = append(w.dir.pageChunks, extent{})
 			continue
@@ -398,6 +415,10 @@ func (w *Writer) Abort() {
 
 // remove removes the file unless it has its name; mu is held.
 func (w *Writer) remove() {
+	if w.out.direct != nil {
+		w.out.direct.Close()
+		w.out.direct = nil
+	}
 	if file := w.out.file; file != nil {
 		w.out.file, w.out.err = nil, errEnded
 		file.Close()

@@ -9,7 +9,8 @@ import (
 // figures are what one run of a contender measured, by metric.
 type figures map[string]float64
 
-// A contender is one of the VMMs in one of its set-ups.
+// A contender is one of the VMMs in one of its set-ups. Several of one name are one whose
+// turn comes as often.
 type contender struct {
 	name string
 	run  func(ctx context.Context) (figures, error)
@@ -43,12 +44,16 @@ func (e experiment) measure(ctx context.Context, runs int, p progress) ([]row, e
 	if e.end != nil {
 		defer e.end()
 	}
-	got := make([]map[string][]float64, len(e.contenders))
-	for i := range got {
-		got[i] = map[string][]float64{}
+	var names []string
+	got := map[string]map[string][]float64{}
+	for _, c := range e.contenders {
+		if got[c.name] == nil {
+			got[c.name] = map[string][]float64{}
+			names = append(names, c.name)
+		}
 	}
 	for n := range runs {
-		for i, c := range e.contenders {
+		for _, c := range e.contenders {
 			p.step("%s: run %d of %d: %s", e.name, n+1, runs, c.name)
 			f, err := c.run(ctx)
 			if err != nil {
@@ -56,18 +61,18 @@ func (e experiment) measure(ctx context.Context, runs int, p progress) ([]row, e
 				return nil, fmt.Errorf("%s: %s: %w", e.name, c.name, err)
 			}
 			for metric, x := range f {
-				got[i][metric] = append(got[i][metric], x)
+				got[c.name][metric] = append(got[c.name][metric], x)
 			}
 		}
 	}
 	p.done()
 	var rows []row
 	for _, wanted := range e.promises {
-		sides := make([]side, len(e.contenders))
-		for i, c := range e.contenders {
-			sides[i] = side{c.name, got[i][wanted.metric]}
+		sides := make([]side, len(names))
+		for i, name := range names {
+			sides[i] = side{name, got[name][wanted.metric]}
 			if len(sides[i].figures) > 0 {
-				p.detail("%s, %s: %s: %.4g", wanted.text, wanted.unit, c.name, sides[i].figures)
+				p.detail("%s, %s: %s: %.4g", wanted.text, wanted.unit, name, sides[i].figures)
 			}
 		}
 		r, err := judge(wanted, sides[0], sides[1:])

@@ -162,7 +162,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 	if err != nil {
 		return nil, err
 	}
-	c, err := capture.New(mem, capture.Options{Side: side, Still: o.Stop})
+	c, err := capture.New(mem, capture.Options{Side: side, Still: o.Stop, Workers: w.Depth()})
 	if err != nil {
 		return nil, err
 	}
@@ -199,7 +199,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 	if err := c.Arm(only); err != nil {
 		return nil, err
 	}
-	if c, err = s.settle(c, only, o); err != nil {
+	if c, err = s.settle(c, only, o, w.Depth()); err != nil {
 		return nil, err
 	}
 	defer c.Close()
@@ -254,7 +254,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 
 // settle has c take in what was written since it was armed, so that little is
 // left to the pause. The capture it returns may be another.
-func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap, o SaveOptions) (*capture.Capture, error) {
+func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap, o SaveOptions, workers int) (*capture.Capture, error) {
 	if only == nil {
 		if err := c.Rearm(); err != nil {
 			return c, err
@@ -283,7 +283,7 @@ func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap, o SaveOptions) (*
 	if err := errors.Join(err, c.Close()); err != nil {
 		return c, err
 	}
-	protecting, err := capture.New(s.m.Memory(), capture.Options{Side: side, Protect: true, Still: o.Stop})
+	protecting, err := capture.New(s.m.Memory(), capture.Options{Side: side, Protect: true, Still: o.Stop, Workers: workers})
 	if err != nil {
 		return c, err
 	}

@@ -213,7 +213,7 @@ func TestSavedWhileItWrites(t *testing.T) {
 
 func testSavedWhileItWrites(t *testing.T, sideCopies int) {
 	dir := t.TempDir()
-	r := start(t, "touch size=48M op=write; wait by=mailbox; dirty size=48M seed=5 ms=2000", func(c *vmm.Config) { c.Memory = 96 << 20 })
+	r := start(t, "touch size=32M op=write; wait by=mailbox; dirty size=32M seed=5 ms=3000", func(c *vmm.Config) { c.Memory = 64 << 20 })
 	saver := snapshot.NewSaver(r.Machine, nil, nil)
 	r.serial.waitFor(t, "wait for=line")
 	r.release(t)
