@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/gnomon-vmm/gnomon/kvm"
 )
@@ -152,8 +153,9 @@ func physicalBits(table []kvm.CPUIDEntry) int {
 }
 
 // nativeFeatures are the host CPU's features that PVM shows in CPUID leaves 1
-// and 7, by Linux's names; none where the host does not tell.
-func nativeFeatures() []string {
+// and 7, by Linux's names; none where the host does not tell. It is asked once: it takes
+// about a millisecond, and longer the more processors there are.
+var nativeFeatures = sync.OnceValue(func() []string {
 	info, err := os.ReadFile("/proc/cpuinfo")
 	if err != nil {
 		return nil
@@ -177,7 +179,7 @@ func nativeFeatures() []string {
 		}
 	}
 	return names
-}
+})
 
 // tscTolerance is by how many parts in a million a host's time stamp counter may
 // differ from what a guest measured: a guest's timers then go wrong by as much.

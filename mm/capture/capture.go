@@ -105,6 +105,7 @@ type Capture struct {
 
 	reader   sync.WaitGroup
 	saving   sync.Mutex // held by Save
+	saved    bool       // guarded by saving: nothing is left to save
 	released bool       // guarded by saving: the side is not ours any more
 	closing  sync.Once
 	closed   error // what Close returns; after closing guarded by saving
@@ -152,11 +153,12 @@ func New(mem *guestmem.Memory, o Options) (*Capture, error) {
 			host: r.Bytes(), guest: uffd.Address(r.GuestBytes()),
 		})
 	}
-	if err := side.take(); err != nil {
+	states, err := side.take(total)
+	if err != nil {
 		fd.Close()
 		return nil, fmt.Errorf("%w: %w", ErrSetup, err)
 	}
-	c.pages.init(total, side)
+	c.pages.init(states, side)
 	return c, nil
 }
 
@@ -253,7 +255,7 @@ func (c *Capture) copyPages(first, n uint64) error {
 	var slots [earlyPages][]byte
 	for k := range n {
 		state := &c.pages.state[first+k]
-		s := state.Or(0) // no Load: that would be a page fault more, in memory that is new
+		s := state.Add(0) // no Load: that would be a page fault more, in memory that is new
 		if s&stateMask != copied {
 			slot, ok := c.pages.get()
 			if !ok {
@@ -488,7 +490,11 @@ func (c *Capture) Close() error {
 		for c.touching.Load() > 0 { // for as long as it takes to copy a page
 			runtime.Gosched()
 		}
-		c.closed = errors.Join(c.closed, c.pages.room.release())
+		states := c.pages.state
+		if !c.saved {
+			states = nil
+		}
+		c.closed = errors.Join(c.closed, c.pages.room.release(states))
 	}
 	return c.closed
 }

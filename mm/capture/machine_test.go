@@ -76,6 +76,16 @@ func newCapture(t testing.TB, mem *guestmem.Memory, o Options) *Capture {
 		if err := c.Close(); err != nil {
 			t.Error(err)
 		}
+		// What the next capture finds.
+		states := c.pages.room.states
+		if (states != nil) != c.saved {
+			t.Errorf("saved: %v; %d states are kept", c.saved, len(states))
+		}
+		for i := range states {
+			if s := states[i].Load(); s != free {
+				t.Fatalf("page %d is left in state %#x", i, s)
+			}
+		}
 	})
 	return c
 }

@@ -46,8 +46,8 @@ type pages struct {
 	highest int      // guarded by mu: the most slots of side that were in use
 }
 
-func (p *pages) init(total uint64, room *Side) {
-	p.state = make([]atomic.Uint32, total)
+func (p *pages) init(states []atomic.Uint32, room *Side) {
+	p.state = states
 	p.room, p.side = room, room.bytes
 	p.unused = make([]uint32, len(p.side)/pageSize)
 	for i := range p.unused {

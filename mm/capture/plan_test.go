@@ -3,6 +3,7 @@ package capture
 import (
 	"encoding/binary"
 	"slices"
+	"sync/atomic"
 	"testing"
 )
 
@@ -20,7 +21,7 @@ func FuzzPlan(f *testing.F) {
 	f.Add(pfns(99, 98, 1<<20+1, 100), []byte{0, 0, 0, 0, 0, 0, 0, 0, 0xaa, 0xff, 0, 0, 0, 0x81})
 	f.Fuzz(func(t *testing.T, order, notToSave []byte) {
 		c := &Capture{regions: []region{{firstPFN: 0, firstIndex: 0, pages: 100}, {firstPFN: 1 << 20, firstIndex: 100, pages: 70}}}
-		c.pages.init(170, &Side{bytes: make([]byte, pageSize)})
+		c.pages.init(make([]atomic.Uint32, 170), &Side{bytes: make([]byte, pageSize)})
 		var want []uint32
 		toSave := map[uint64]bool{}
 		for i := range uint64(170) {

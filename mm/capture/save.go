@@ -49,6 +49,7 @@ func (c *Capture) Save(ctx context.Context, w Writer, order []uint64, progress f
 	defer stop()
 
 	err := c.save(ctx, cancel, w, order, progress)
+	c.saved = err == nil
 	c.letGo()
 	if err == nil {
 		err = c.closed

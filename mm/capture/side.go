@@ -9,16 +9,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Side is the room for pages that are kept aside. One capture after the other may use it:
-// then the kernel need not find and clear memory for each.
+// Side is the room for pages that are kept aside, and for the states of all pages. One capture
+// after the other may use it: then the kernel need not find and clear memory for each.
 type Side struct {
 	bytes []byte
 	used  atomic.Bool // a capture has it
+
+	states []atomic.Uint32 // all free; who has used them last left them; nil: nobody did
 }
 
 const (
 	sideCopies = 8192 // by default
-	// keptSide is how much of the memory stays from one capture to the next.
+	// keptSide is how much of the memory stays from one capture to the next, and how much
+	// of states.
 	keptSide = 16 << 20
 )
 
@@ -44,17 +47,24 @@ func NewSide(copies int) (*Side, error) {
 	return s, nil
 }
 
-// take lets one capture use the room.
-func (s *Side) take() error {
+// take lets one capture use the room, for a memory of so many pages.
+func (s *Side) take(pages uint64) ([]atomic.Uint32, error) {
 	if s.used.Swap(true) {
-		return errSideUsed
+		return nil, errSideUsed
 	}
-	return nil
+	states := s.states
+	if s.states = nil; uint64(len(states)) != pages {
+		states = make([]atomic.Uint32, pages)
+	}
+	return states, nil
 }
 
-// release ends that, and gives most of the memory back.
-func (s *Side) release() error {
+// release ends that, and gives most of the memory back. states are nil unless they are all free.
+func (s *Side) release(states []atomic.Uint32) error {
 	defer s.used.Store(false)
+	if len(states)*4 <= keptSide {
+		s.states = states
+	}
 	if len(s.bytes) <= keptSide {
 		return nil
 	}

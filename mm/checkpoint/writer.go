@@ -281,7 +281,8 @@ func (w *Writer) set(pfn uint64, entry uint32) error {
 	at := &w.pages[i/chunkPages]
 	chunk := at.Load()
 	if chunk == nil {
-		if chunk = new(pageChunk); !at.CompareAndSwap(nil, chunk) {
+		if chunk = chunks.Get().(*pageChunk); !at.CompareAndSwap(nil, chunk) {
+			chunks.Put(chunk)
 			chunk = at.Load()
 		}
 	}
@@ -305,7 +306,7 @@ func (w *Writer) Commit() error {
 		}
 	}
 	w.remove()
-	w.out.recycle()
+	w.recycle()
 	return err
 }
 
@@ -410,7 +411,21 @@ func (w *Writer) Abort() {
 	defer w.mu.Unlock()
 	w.ended = true
 	w.remove()
+	w.recycle()
+}
+
+// chunks serve one checkpoint after the other. Their entries are all 0.
+var chunks = sync.Pool{New: func() any { return new(pageChunk) }}
+
+// recycle lets others use the memory, once nothing is going to be added.
+func (w *Writer) recycle() {
 	w.out.recycle()
+	for i := range w.pages {
+		if chunk := w.pages[i].Swap(nil); chunk != nil {
+			clear(chunk[:])
+			chunks.Put(chunk)
+		}
+	}
 }
 
 // remove removes the file unless it has its name; mu is held.
