@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -30,7 +29,8 @@ type Options struct {
 	// TargetIsZero tells that the target reads as zero, so that zeroes need not be
 	// written.
 	TargetIsZero bool
-	// Workers copy side by side; as many as there are processors, up to 8, if 0.
+	// Workers copy side by side; 8 if 0, as in qemu-img: more than there are processors, since
+	// they wait for the disk, or in the kernel for each other.
 	Workers int
 	// Direct tells that the target is written past the page cache: larger parts at
 	// once then.
@@ -62,7 +62,7 @@ func Copy(ctx context.Context, dst, src block.Node, o Options) error {
 	var workers sync.WaitGroup
 	n := o.Workers
 	if n <= 0 {
-		n = min(8, runtime.NumCPU())
+		n = 8
 	}
 	for range n {
 		workers.Go(func() {
