@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -66,5 +67,44 @@ func TestExtendCutOff(t *testing.T) {
 			}
 			n.Close()
 		}
+	}
+}
+
+// A shrink that is killed when the file has the new size leaves clusters behind the end. Who
+// grows the disk again does not see them.
+func TestShrinkCutOff(t *testing.T) {
+	const old, size = 100 << 10, 1 << 20
+	for _, cluster := range []int64{512, 65536} {
+		path := filepath.Join(t.TempDir(), "image")
+		if err := Create(path, CreateOptions{Size: size, ClusterSize: cluster}); err != nil {
+			t.Fatal(err)
+		}
+		want := mixed(1, size)
+		n, err := Open(path, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Writev([][]byte{want}, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Close(); err != nil {
+			t.Fatal(err)
+		}
+		patch(t, path, 24, be64(old))
+		if n, err = Open(path, false); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Resize(size); err != nil {
+			t.Fatal(err)
+		}
+		clear(want[old:])
+		if got := readAll(t, n); !bytes.Equal(got, want) {
+			t.Errorf("clusters of %d: it differs at %d", cluster, firstDifference(got, want))
+		}
+		if err := n.Close(); err != nil {
+			t.Fatal(err)
+		}
+		clean(t, path)
+		same(t, path, want)
 	}
 }

@@ -84,12 +84,15 @@ func (n *Node) grow(old, size int64, fill func() error) error {
 			return err
 		}
 	}
+	// What a shrink that was killed left behind the old end is not to be seen, nor is what
+	// the last cluster, or the backing file, holds there.
+	cluster := n.header.ClusterSize()
+	if err := n.dropAll((old+cluster-1)/cluster, (size+cluster-1)/cluster); err != nil {
+		return err
+	}
 	if err := n.setSize(size); err != nil {
 		return err
 	}
-	// What the last cluster, or the backing file, holds behind the old end is not to
-	// be seen.
-	cluster := n.header.ClusterSize()
 	end := (old + cluster - 1) / cluster * cluster
 	if n.backing != nil {
 		end = max(end, n.backing.Size())
