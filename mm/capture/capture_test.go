@@ -475,6 +475,29 @@ func TestFaultsCannotBeAnswered(t *testing.T) {
 	}
 }
 
+// TestLetGoWhileSaving: when pages are not protected to the end of Save, it fails, even if
+// nothing has told it so meanwhile.
+func TestLetGoWhileSaving(t *testing.T) {
+	m := newMachine(t, layout)
+	m.store(1000, 2000, 1)
+	c := newCapture(t, m.mem, Options{Workers: 1})
+	if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
+		t.Fatal(err)
+	}
+	w := newWriter()
+	var once sync.Once
+	w.before = func() error {
+		once.Do(func() {
+			c.letGo()
+			m.store(1000, 2000, 2)
+		})
+		return nil
+	}
+	if err := c.Save(t.Context(), w, nil, nil); !errors.Is(err, ErrSave) || !errors.Is(err, ErrClosed) {
+		t.Errorf("Save: %v", err)
+	}
+}
+
 // TestClose: at any stage it lets writers go, and leaves nothing behind.
 func TestClose(t *testing.T) {
 	m := newMachine(t, layout)

@@ -49,6 +49,9 @@ func (c *Capture) Save(ctx context.Context, w Writer, order []uint64, progress f
 	defer stop()
 
 	err := c.save(ctx, cancel, w, order, progress)
+	if err == nil && c.isOver.Load() {
+		err = ErrClosed // pages may have been written before they were saved, though ctx was not ended yet
+	}
 	c.saved = err == nil
 	c.letGo()
 	if err == nil {

@@ -187,6 +187,8 @@ func (w *Writer) ID() ID { return w.header.id }
 // Depth is how many calls of BlockAt at a time it has use for, because they wait for the disk;
 // 0: no more than there are processors.
 func (w *Writer) Depth() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if w.out.direct == nil {
 		return 0
 	}

@@ -287,7 +287,10 @@ func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap, o SaveOptions, wo
 	if err != nil {
 		return c, err
 	}
-	return protecting, protecting.Arm(s.since)
+	if err := protecting.Arm(s.since); err != nil {
+		return c, errors.Join(err, protecting.Close())
+	}
+	return protecting, nil
 }
 
 // sideOf is where a save keeps pages aside: the same for all that do not say how much room
