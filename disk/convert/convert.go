@@ -22,6 +22,9 @@ const (
 	piece = 256 << 10
 	// granule is by which zeroes are left out.
 	granule = 64 << 10
+	// defaultWorkers is qemu-img's figure, too: more than there are processors, since they
+	// wait for the disk, or in the kernel for each other.
+	defaultWorkers = 8
 )
 
 // Options say how to copy.
@@ -29,8 +32,7 @@ type Options struct {
 	// TargetIsZero tells that the target reads as zero, so that zeroes need not be
 	// written.
 	TargetIsZero bool
-	// Workers copy side by side; 8 if 0, as in qemu-img: more than there are processors, since
-	// they wait for the disk, or in the kernel for each other.
+	// Workers copy side by side; 8 if 0.
 	Workers int
 	// Direct tells that the target is written past the page cache: larger parts at
 	// once then.
@@ -62,7 +64,7 @@ func Copy(ctx context.Context, dst, src block.Node, o Options) error {
 	var workers sync.WaitGroup
 	n := o.Workers
 	if n <= 0 {
-		n = 8
+		n = defaultWorkers
 	}
 	for range n {
 		workers.Go(func() {

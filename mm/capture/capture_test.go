@@ -188,9 +188,7 @@ func TestAllMemoryRewritten(t *testing.T) {
 			}
 			rewrite(1)
 			c := newCapture(t, m.mem, Options{Workers: 1, Side: newSide(t, sideCopies)})
-			if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
-				t.Fatal(err)
-			}
+			freeze(t, c)
 			want := m.content()
 			w := newWriter()
 			var guest sync.WaitGroup
@@ -231,9 +229,7 @@ func TestOrder(t *testing.T) {
 	m.store(1<<20+3, 300, 2)
 	order := []uint64{1<<20 + 5, 200, 1<<20 + 5, 7000, 201, 1 << 50, 100}
 	c := newCapture(t, m.mem, Options{Workers: 1})
-	if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
-		t.Fatal(err)
-	}
+	freeze(t, c)
 	w := newWriter()
 	if err := c.Save(t.Context(), w, order, nil); err != nil {
 		t.Fatal(err)
@@ -256,9 +252,7 @@ func TestHoles(t *testing.T) {
 	m.store(1000, 100, 1)
 	before := m.allocated()
 	c := newCapture(t, m.mem, Options{})
-	if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
-		t.Fatal(err)
-	}
+	freeze(t, c)
 	want := m.content()
 	m.store(2000, 50, 2) // a first touch by the guest
 	if err := m.mem.Write(2500*pageSize, []byte{1}); err != nil {
@@ -412,9 +406,7 @@ func TestSaveFails(t *testing.T) {
 			m := newMachine(t, layout)
 			m.store(1000, 2000, 1)
 			c := newCapture(t, m.mem, Options{Side: newSide(t, 1)})
-			if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
-				t.Fatal(err)
-			}
+			freeze(t, c)
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			// The guest and a device are stuck in the second page that each writes.
@@ -442,9 +434,7 @@ func TestSaveFails(t *testing.T) {
 			}
 			// And a new capture can begin.
 			c2 := newCapture(t, m.mem, Options{})
-			if err := errors.Join(c2.Arm(nil), c2.Freeze(nil)); err != nil {
-				t.Fatal(err)
-			}
+			freeze(t, c2)
 			content, w2 := m.content(), newWriter()
 			if err := c2.Save(t.Context(), w2, nil, nil); err != nil {
 				t.Fatal(err)
@@ -460,9 +450,7 @@ func TestFaultsCannotBeAnswered(t *testing.T) {
 	m := newMachine(t, layout)
 	m.store(1000, 2000, 1)
 	c := newCapture(t, m.mem, Options{Side: newSide(t, 1)})
-	if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
-		t.Fatal(err)
-	}
+	freeze(t, c)
 	var stuck sync.WaitGroup
 	stuck.Go(func() { m.store(1000, 2000, 2) })
 	for c.Stats().Waited == 0 {
@@ -481,9 +469,7 @@ func TestLetGoWhileSaving(t *testing.T) {
 	m := newMachine(t, layout)
 	m.store(1000, 2000, 1)
 	c := newCapture(t, m.mem, Options{Workers: 1})
-	if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
-		t.Fatal(err)
-	}
+	freeze(t, c)
 	w := newWriter()
 	var once sync.Once
 	w.before = func() error {
@@ -599,9 +585,7 @@ func TestSavedPagesAreLetGoTogether(t *testing.T) {
 	m := newMachine(t, layout)
 	m.store(1024, 1024, 1)
 	c := newCapture(t, m.mem, Options{Workers: 1})
-	if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
-		t.Fatal(err)
-	}
+	freeze(t, c)
 	w := newWriter()
 	blocks := 0
 	w.before = func() error {
@@ -632,9 +616,7 @@ func TestTouchDoesNotAllocate(t *testing.T) {
 	m := newMachine(t, layout)
 	m.store(1000, 1000, 1)
 	c := newCapture(t, m.mem, Options{})
-	if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
-		t.Fatal(err)
-	}
+	freeze(t, c)
 	pfn := uint64(1000)
 	if n := testing.AllocsPerRun(500, func() { c.Touch(pfn*pageSize, pageSize); pfn++ }); n != 0 {
 		t.Errorf("%v allocations when a page is kept", n)

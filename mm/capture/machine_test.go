@@ -61,6 +61,14 @@ func newSide(t testing.TB, copies int) *Side {
 	return s
 }
 
+// freeze has c save all of the memory as it is now.
+func freeze(t testing.TB, c *Capture) {
+	t.Helper()
+	if err := errors.Join(c.Arm(nil), c.Freeze(nil)); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // newCapture makes a capture that ends with the test. A host without
 // userfaultfd, or that does not let us have it, skips the test.
 func newCapture(t testing.TB, mem *guestmem.Memory, o Options) *Capture {

@@ -11,8 +11,8 @@ import (
 
 const (
 	// writeSize is how much the file grows by with one system call, at least: no more are
-	// promised than one for each so much. With more, the kernel takes larger pieces of memory
-	// for the page cache, which take it longer to find.
+	// promised than one for each so much. Calls for more took longer in all: for
+	// them the kernel takes larger pieces of memory for the page cache.
 	writeSize = blockBytes
 	// flushSize and flushMost are of how much the kernel is asked at a time to begin to
 	// put it on disk.

@@ -220,7 +220,7 @@ func TestNoFlush(t *testing.T) {
 func skipInMemory(t *testing.T) {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(t.TempDir(), &fs); err == nil && fs.Type == unix.TMPFS_MAGIC {
-		t.Skip("the directory for temporary files is in memory: nothing is ever on disk")
+		t.Skip("host feature missing: temporary files on a disk (TMPDIR is a tmpfs)")
 	}
 }
 
@@ -234,7 +234,7 @@ func cacheState(t *testing.T, path string) (s unix.Cachestat_t) {
 	switch err := unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{}, &s, 0); err {
 	case nil:
 	case unix.ENOSYS:
-		t.Skip("this kernel has no cachestat (Linux 6.5)")
+		t.Skip("host feature missing: cachestat (Linux 6.5)")
 	default:
 		t.Fatal(err)
 	}

@@ -162,7 +162,8 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 	if err != nil {
 		return nil, err
 	}
-	c, err := capture.New(mem, capture.Options{Side: side, Still: o.Stop, Workers: w.Depth()})
+	options := capture.Options{Side: side, Still: o.Stop, Workers: w.Depth()}
+	c, err := capture.New(mem, options)
 	if err != nil {
 		return nil, err
 	}
@@ -199,7 +200,7 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 	if err := c.Arm(only); err != nil {
 		return nil, err
 	}
-	if c, err = s.settle(c, only, o, w.Depth()); err != nil {
+	if c, err = s.settle(c, only, options); err != nil {
 		return nil, err
 	}
 	defer c.Close()
@@ -253,8 +254,8 @@ func (s *Saver) save(ctx context.Context, path string, o SaveOptions) (r *Report
 }
 
 // settle has c take in what was written since it was armed, so that little is
-// left to the pause. The capture it returns may be another.
-func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap, o SaveOptions, workers int) (*capture.Capture, error) {
+// left to the pause. The capture it returns may be another, with the same options but Protect.
+func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap, options capture.Options) (*capture.Capture, error) {
 	if only == nil {
 		if err := c.Rearm(); err != nil {
 			return c, err
@@ -279,11 +280,11 @@ func (s *Saver) settle(c *capture.Capture, only *dirty.Bitmap, o SaveOptions, wo
 		return c, c.Rearm()
 	}
 	// The guest writes faster than pages can be copied.
-	side, err := s.sideOf(o)
-	if err := errors.Join(err, c.Close()); err != nil {
+	if err := c.Close(); err != nil { // which gives back the room for side copies
 		return c, err
 	}
-	protecting, err := capture.New(s.m.Memory(), capture.Options{Side: side, Protect: true, Still: o.Stop, Workers: workers})
+	options.Protect = true
+	protecting, err := capture.New(s.m.Memory(), options)
 	if err != nil {
 		return c, err
 	}

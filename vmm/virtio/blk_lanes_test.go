@@ -647,7 +647,9 @@ func blkAllocations(t *testing.T, node block.Node, requests, bytes int) float64 
 		q.gate.stop()
 		blk.Stop()
 	}()
-	_ = mem.Write(heap, make([]byte, 16))
+	if err := mem.Write(heap, make([]byte, 16)); err != nil {
+		t.Fatal(err)
+	}
 	segs := []segment{{heap, 16, false}, {heap + 4096, uint32(bytes), true}, {heap + 16, 1, true}}
 	round := func(serve func()) func() {
 		return func() {
@@ -672,7 +674,9 @@ func blkAllocations(t *testing.T, node block.Node, requests, bytes int) float64 
 			if ok, err := q.Pop(&c); !ok || err != nil {
 				t.Fatal(ok, err)
 			}
-			_ = q.Push(&c, 0)
+			if err := q.Push(&c, 0); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}))
 	all := testing.AllocsPerRun(100, round(func() {
