@@ -72,20 +72,20 @@ func makeChain(base, top string, size int64) error {
 	)
 }
 
-// A writing is one of the guest's lines: writes of some 100 ms.
+// A writing is one of the guest's lines: what it did with its disk in some 100 ms.
 type writing struct {
 	ios, p99 uint64
 	seconds  float64
 }
 
 // writing is the guest's next line.
-func (m *machine) writing() (w writing, err error) {
-	line, _, err := m.line("blk")
+func (g *guest) writing() (w writing, err error) {
+	line, _, err := g.line("blk")
 	if err != nil {
 		return w, err
 	}
 	if failed, err := line.Number("failed"); err != nil || failed != 0 {
-		return w, fmt.Errorf("%d writes failed (%v)", failed, err)
+		return w, fmt.Errorf("%d requests failed (%v)", failed, err)
 	}
 	if w.seconds, err = line.Seconds(); err == nil {
 		w.ios, err = line.Number("ios")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"regexp"
+	"slices"
 )
 
 // figures are what one run of a contender measured, by metric.
@@ -22,6 +23,8 @@ type experiment struct {
 	name       string
 	contenders []contender
 	promises   []promise
+	// turns, where not nil, measures all contenders together, whose run is nil then.
+	turns *turns
 	// end, where not nil, ends what the runs share.
 	end func()
 }
@@ -36,6 +39,11 @@ func (e experiment) choose(only *regexp.Regexp) experiment {
 	}
 	e.promises = chosen
 	return e
+}
+
+// has tells whether a metric is one of a promise.
+func (e experiment) has(metric string) bool {
+	return slices.ContainsFunc(e.promises, func(p promise) bool { return p.metric == metric })
 }
 
 // measure runs the contenders in turn, so many times each, and judges. What
@@ -53,6 +61,20 @@ func (e experiment) measure(ctx context.Context, runs int, p progress) ([]row, e
 		}
 	}
 	for n := range runs {
+		if e.turns != nil {
+			p.step("%s: run %d of %d", e.name, n+1, runs)
+			all, err := e.turns.measure(ctx, e.has)
+			if err != nil {
+				p.done()
+				return nil, fmt.Errorf("%s: %w", e.name, err)
+			}
+			for i, c := range e.contenders {
+				for metric, figures := range all[i] {
+					got[c.name][metric] = append(got[c.name][metric], figures...)
+				}
+			}
+			continue
+		}
 		for _, c := range e.contenders {
 			p.step("%s: run %d of %d: %s", e.name, n+1, runs, c.name)
 			f, err := c.run(ctx)

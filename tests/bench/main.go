@@ -98,8 +98,8 @@ func measureAll(ctx context.Context, o options) (int, error) {
 
 func (b *bench) experiments() []experiment {
 	return []experiment{
-		b.start(), b.memory(), b.block("raw", "writeback"), b.block("qcow2", "writeback"), b.allocating("writeback"), b.nbd("raw", "writeback"), b.nbd("qcow2", "writeback"),
-		b.block("raw", "none"), b.block("qcow2", "none"), b.allocating("none"), b.nbd("raw", "none"), b.nbd("qcow2", "none"),
+		b.start(), b.memory(), b.block("raw", "writeback"), b.block("qcow2", "writeback"), b.allocating("raw", "writeback"), b.allocating("qcow2", "writeback"), b.nbd("raw", "writeback"), b.nbd("qcow2", "writeback"),
+		b.block("raw", "none"), b.block("qcow2", "none"), b.allocating("raw", "none"), b.allocating("qcow2", "none"), b.nbd("raw", "none"), b.nbd("qcow2", "none"),
 		b.convert("writeback"), b.convert("unsafe"), b.consolidate(), b.recording(), b.qmp(),
 		b.exits(), b.walk(), b.saving(), b.growth(), b.increment(), b.idle(),
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"regexp"
 	"strings"
 	"testing"
@@ -48,6 +49,49 @@ func TestContendersTakeTurns(t *testing.T) {
 	e.contenders[1].run = func(context.Context) (figures, error) { return nil, broken }
 	if _, err := e.measure(t.Context(), 1, progress{}); !errors.Is(err, broken) || !strings.Contains(err.Error(), "B") {
 		t.Errorf("a broken peer: %v", err)
+	}
+}
+
+// clockwork is a side that tells its turns.
+type clockwork struct {
+	told *strings.Builder
+	name string
+	open *int
+}
+
+func (c clockwork) close() { *c.open-- }
+
+func (c clockwork) turn(_ context.Context, n int) (float64, error) {
+	fmt.Fprintf(c.told, "%s%d ", c.name, n)
+	return float64(n), nil
+}
+
+func TestSidesTakeTurns(t *testing.T) {
+	var told strings.Builder
+	open := 0
+	side := func(name string) opener {
+		return func(_ context.Context, l load, turns, place int) (standby, error) {
+			open++
+			fmt.Fprintf(&told, "%s:%s*%d@%d ", name, l.metric, turns, place)
+			return clockwork{&told, name, &open}, nil
+		}
+	}
+	e := experiment{
+		name:       "test",
+		contenders: []contender{{name: "A"}, {name: "B"}},
+		turns:      &turns{count: 2, loads: []load{{metric: "a"}, {metric: "b"}}, openers: []opener{side("A"), side("B")}},
+	}
+	e.promise(e.turns.loads[1:], 1)
+	rows, err := e.measure(t.Context(), 2, progress{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const turns = "A0 B0 B1 A1 A2 B2 "
+	if want := "A:b*3@0 B:b*3@1 " + turns + "A:b*3@1 B:b*3@0 " + turns; told.String() != want || open != 0 {
+		t.Errorf("%s, %d left open; want %s", told.String(), open, want)
+	}
+	if len(rows) != 1 || rows[0].Ours != 1.5 || rows[0].Peer != 1.5 || !rows[0].OK {
+		t.Errorf("%+v: the first turn counts", rows)
 	}
 }
 

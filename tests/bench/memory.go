@@ -20,7 +20,7 @@ const settle = 2 * time.Second
 // a disk, a user-mode network, a balloon and an entropy device, while the
 // guest idles; and again after the guest has read and written the disk.
 func (b *bench) memory() experiment {
-	image := b.image("raw")
+	image := b.image("raw", 0)
 	devices := func(bus string) []string {
 		return []string{
 			"-drive", "file=" + image.path + ",format=raw,if=none,id=d", "-device", "virtio-blk-" + bus + ",drive=d",

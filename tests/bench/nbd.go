@@ -4,90 +4,99 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"time"
 )
 
-// nbdLoads are fio's: how it reads or writes, in what size, how many at once.
-var nbdLoads = []struct {
-	metric, text, unit, rw, size string
-	depth                        int
-}{
-	{"randread1", "4 KiB random read, 1 in flight", "1/s", "randread", "4k", 1},
-	{"randread32", "4 KiB random read, 32 in flight", "1/s", "randread", "4k", 32},
-	{"randwrite32", "4 KiB random write, 32 in flight", "1/s", "randwrite", "4k", 32},
-	{"seqread", "1 MiB sequential read, 8 in flight", "MB/s", "read", "1M", 8},
-	{"seqwrite", "1 MiB sequential write, 8 in flight", "MB/s", "write", "1M", 8},
+// nbdLoads are fio's.
+var nbdLoads = []load{
+	{"randread1", "4 KiB random read, 1 in flight", "1/s", "--rw=randread --bs=4k --iodepth=1"},
+	{"randread32", "4 KiB random read, 32 in flight", "1/s", "--rw=randread --bs=4k --iodepth=32"},
+	{"randwrite1", "4 KiB random write, 1 in flight", "1/s", "--rw=randwrite --bs=4k --iodepth=1"},
+	{"randwrite32", "4 KiB random write, 32 in flight", "1/s", "--rw=randwrite --bs=4k --iodepth=32"},
+	{"seqread", "1 MiB sequential read, 8 in flight", "MB/s", "--rw=read --bs=1M --iodepth=8"},
+	{"seqwrite", "1 MiB sequential write, 8 in flight", "MB/s", "--rw=write --bs=1M --iodepth=8"},
 }
 
 // nbd measures images served by NBD, in the page cache or past it, with fio as the
 // client.
 func (b *bench) nbd(format, cache string) experiment {
-	img := b.image(format)
-	name, ready, direct, other := "NBD "+format, image.make, "off", "threads"
+	name, direct, other := "NBD "+format, "off", "threads"
 	if cache == "none" {
-		name, ready, direct, other = name+" direct", image.makeDirect, "on", "native"
+		name, direct, other = name+" direct", "on", "native"
 	}
-	socket := filepath.Join(b.dir, "nbd.sock")
-	daemon := func(aio string) []string {
-		return []string{
-			"qemu-storage-daemon",
-			"--blockdev", "driver=file,node-name=f,filename=" + img.path + ",aio=" + aio + ",cache.direct=" + direct,
-			"--blockdev", "driver=" + format + ",node-name=d,file=f",
-			"--nbd-server", "addr.type=unix,addr.path=" + socket,
-			"--export", "type=nbd,id=e,node-name=d,name=d,writable=on",
-		}
-	}
-	run := func(command []string) func(context.Context) (figures, error) {
-		return func(ctx context.Context) (figures, error) {
-			if err := ready(img); err != nil {
+	side := func(command func(image, string) []string) opener {
+		return func(ctx context.Context, l load, _, place int) (standby, error) {
+			img := b.image(format, place)
+			ready := img.make
+			if cache == "none" {
+				ready = img.makeDirect
+			}
+			if err := ready(); err != nil {
 				return nil, err
 			}
-			return b.nbdOnce(ctx, command, socket)
+			socket, err := b.scratch("nbd")
+			if err != nil {
+				return nil, err
+			}
+			return b.openServer(ctx, command(img, socket), socket, l)
 		}
 	}
+	daemon := func(aio string) opener {
+		return side(func(img image, socket string) []string {
+			return []string{
+				"qemu-storage-daemon",
+				"--blockdev", "driver=file,node-name=f,filename=" + img.path + ",aio=" + aio + ",cache.direct=" + direct,
+				"--blockdev", "driver=" + format + ",node-name=d,file=f",
+				"--nbd-server", "addr.type=unix,addr.path=" + socket,
+				"--export", "type=nbd,id=e,node-name=d,name=d,writable=on",
+			}
+		})
+	}
 	e := experiment{
-		name: name,
-		contenders: []contender{
-			{"gnomon disk serve", run([]string{b.gnomon, "disk", "serve", img.path, "-f", format, "--cache", cache, "--listen", "unix:" + socket, "--export-name", "d"})},
-			{"qemu-storage-daemon, " + other, run(daemon(other))},
-			{"qemu-storage-daemon, io_uring", run(daemon("io_uring"))},
-		},
+		name:       name,
+		contenders: []contender{{name: "gnomon disk serve"}, {name: "qemu-storage-daemon, " + other}, {name: "qemu-storage-daemon, io_uring"}},
+		turns: &turns{count: b.pick(5, 4), loads: nbdLoads, openers: []opener{
+			side(func(img image, socket string) []string {
+				return []string{b.gnomon, "disk", "serve", img.path, "-f", format, "--cache", cache, "--listen", "unix:" + socket, "--export-name", "d"}
+			}),
+			daemon(other),
+			daemon("io_uring"),
+		}},
 	}
-	for _, l := range nbdLoads {
-		e.promises = append(e.promises, promise{metric: l.metric, text: name + " " + l.text, unit: l.unit, higher: true, bound: bound{"ratio", ">=", 1}})
-	}
+	e.promise(nbdLoads, 1)
 	return e
 }
 
-func (b *bench) nbdOnce(ctx context.Context, command []string, socket string) (figures, error) {
-	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
-	}
+// A server serves an image to fio, which uses it for a moment in each turn.
+type server struct {
+	load   load
+	socket string
+	runs   string // for so long
+	cancel context.CancelFunc
+	ended  chan error
+}
+
+// openServer starts a server and waits until it takes connections.
+func (b *bench) openServer(ctx context.Context, command []string, socket string, l load) (*server, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	server := exec.CommandContext(ctx, command[0], command[1:]...)
+	s := &server{load: l, socket: socket, runs: fmt.Sprintf("--runtime=%dms", b.pick(300, 150)), cancel: cancel, ended: make(chan error, 1)}
+	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	var said strings.Builder
-	server.Stderr = &said
-	if err := server.Start(); err != nil {
+	cmd.Stderr = &said
+	if err := cmd.Start(); err != nil {
+		cancel()
 		return nil, err
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- server.Wait() }()
-	defer func() {
-		cancel()
-		<-ended
-	}()
+	go func() { s.ended <- cmd.Wait() }()
 	if err := until(ctx, poll, func() (bool, error) {
 		select {
-		case err := <-ended:
-			ended <- err
+		case err := <-s.ended:
+			s.ended <- err
 			return false, fmt.Errorf("%s: %w: %s", command[0], err, said.String())
 		default:
 		}
@@ -97,20 +106,25 @@ func (b *bench) nbdOnce(ctx context.Context, command []string, socket string) (f
 		}
 		return true, conn.Close()
 	}); err != nil {
+		s.close()
 		return nil, err
 	}
-	f := figures{}
-	for _, l := range nbdLoads {
-		x, err := fio(ctx, "--ioengine=nbd", "--uri=nbd+unix:///d?socket="+socket, "--rw="+l.rw, "--bs="+l.size,
-			fmt.Sprint("--iodepth=", l.depth), "--time_based", "--ramp_time=200ms", fmt.Sprintf("--runtime=%dms", b.pick(1500, 400)))
-		if err != nil {
-			return nil, err
-		}
-		if f[l.metric] = x.IOPS; l.unit == "MB/s" {
-			f[l.metric] = x.Bytes / 1e6
-		}
+	return s, nil
+}
+
+func (s *server) close() {
+	s.cancel()
+	<-s.ended
+	os.Remove(s.socket)
+}
+
+func (s *server) turn(ctx context.Context, _ int) (float64, error) {
+	x, err := fio(ctx, append(strings.Fields(s.load.words), "--ioengine=nbd", "--uri=nbd+unix:///d?socket="+s.socket,
+		"--time_based", "--ramp_time=50ms", s.runs)...)
+	if s.load.unit == "MB/s" {
+		return x.Bytes / 1e6, err
 	}
-	return f, nil
+	return x.IOPS, err
 }
 
 // fioSide is what fio's JSON tells of the reads or the writes of a job.
