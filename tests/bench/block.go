@@ -9,6 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -89,12 +91,12 @@ func (i image) open() (*os.File, error) {
 	return f, nil
 }
 
-// makeEmpty replaces the image by one of 64 GiB with nothing in it.
+// makeEmpty replaces the image by one of 256 GiB with nothing in it.
 func (i image) makeEmpty() error {
 	if err := os.Remove(i.path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	return qemuImg("create", "-q", "-f", i.format, i.path, "64G")
+	return qemuImg("create", "-q", "-f", i.format, i.path, "256G")
 }
 
 func qemuImg(args ...string) error { return tool("qemu-img", args...) }
@@ -141,18 +143,18 @@ func (b *bench) block(format, cache string) experiment {
 
 // awhile are the words of a load that goes on for a moment.
 func (b *bench) awhile(l load, _ int) [2]string {
-	ms := b.pick(100, 50)
-	return [2]string{fmt.Sprintf("%s ms=%d", l.words, ms/5), fmt.Sprintf("%s ms=%d", l.words, ms)}
+	ms := b.pick(60, 40)
+	return [2]string{fmt.Sprintf("%s ms=%d", l.words, ms/4), fmt.Sprintf("%s ms=%d", l.words, ms)}
 }
 
 // allocating measures virtio-blk with images that are empty at first.
 func (b *bench) allocating(format, cache string) experiment {
-	return b.blockTurns(format, cache, allocatingLoads, func(l load, n int) [2]string {
-		some, many := 100, b.pick(1500, 500)
+	return b.blockTurns(format, cache, allocatingLoads, func(l load, leg int) [2]string {
+		some, many, at := 100, b.pick(1500, 500), 4*leg
 		if l.unit == "MB/s" {
-			some, many = 8, b.pick(96, 32)
+			some, many, at = 8, b.pick(96, 32), at+1
 		}
-		return [2]string{fmt.Sprintf("%s%d off=%dG", l.words, some, 4*n), fmt.Sprintf("%s%d off=%dG", l.words, many, 4*n+2)}
+		return [2]string{fmt.Sprintf("%s%d off=%dG", l.words, some, at), fmt.Sprintf("%s%d off=%dG", l.words, many, at+2)}
 	}, func(place int) (image, error) {
 		img := b.image(format, place)
 		img.path += ".empty"
@@ -160,9 +162,9 @@ func (b *bench) allocating(format, cache string) experiment {
 	})
 }
 
-// blockTurns measures the second of the words that are said in each turn: the first
+// blockTurns measures the second of the words that are said in each leg: the first
 // moments, in which a side's threads and caches warm up, do not count.
-func (b *bench) blockTurns(format, cache string, loads []load, words func(l load, n int) [2]string, ready func(place int) (image, error)) experiment {
+func (b *bench) blockTurns(format, cache string, loads []load, words func(l load, leg int) [2]string, ready func(place int) (image, error)) experiment {
 	name := "virtio-blk"
 	if format != "raw" {
 		name += " " + format
@@ -185,7 +187,7 @@ func (b *bench) blockTurns(format, cache string, loads []load, words func(l load
 	e := experiment{
 		name:       name,
 		contenders: []contender{{name: "gnomon"}, {name: "QEMU q35 io_uring"}, {name: "QEMU q35 io_uring iothread"}, {name: "QEMU q35 " + other + " iothread"}},
-		turns: &turns{count: b.pick(5, 4), loads: loads, openers: []opener{
+		turns: &turns{count: b.pick(2, 3), loads: loads, openers: []opener{
 			side(func(img image) vmm {
 				return b.ours(256, "--disk", "file="+img.path+",format="+format+",cache="+cache, "--net", "none")
 			}),
@@ -198,24 +200,26 @@ func (b *bench) blockTurns(format, cache string, loads []load, words func(l load
 	return e
 }
 
-// diskSide is a side of a load whose guest is told what to do by two words in each turn.
-func diskSide(v func(image) vmm, words func(l load, n int) [2]string, ready func(place int) (image, error)) opener {
-	return func(ctx context.Context, l load, turns, place int) (standby, error) {
+// diskSide is a side whose guest is told what to do by two words in each leg of a turn.
+func diskSide(v func(image) vmm, words func(l load, leg int) [2]string, ready func(place int) (image, error)) opener {
+	return func(ctx context.Context, loads []load, times, place int) (standby, error) {
 		img, err := ready(place)
 		if err != nil {
 			return nil, err
 		}
 		var all strings.Builder
-		for n := range turns {
-			w := words(l, n)
-			fmt.Fprintf(&all, "wait; blk %s; blk %s; ", w[0], w[1])
+		for _, l := range loads {
+			for leg := range 2 * times {
+				w := words(l, leg)
+				fmt.Fprintf(&all, "wait; blk %s; blk %s; ", w[0], w[1])
+			}
 		}
 		all.WriteString("wait")
 		g, err := v(img).start(ctx, all.String())
 		if err != nil {
 			return nil, err
 		}
-		d := &diskGuest{g, l.unit}
+		d := &diskGuest{g}
 		if err := d.waiting(); err != nil {
 			d.close()
 			return nil, err
@@ -233,12 +237,61 @@ func (e *experiment) promise(loads []load, ratio float64) {
 
 // A diskGuest is a guest that uses its disk whenever it is told. Meanwhile its VMM
 // stands still.
-type diskGuest struct {
-	*guest
-	unit string
+type diskGuest struct{ *guest }
+
+// turn has the guest do the load with its vCPU on one processor and then on another: the
+// disk interrupts one of them, and with the guest there all takes longer.
+func (d *diskGuest) turn(ctx context.Context, l load, _ int) (float64, error) {
+	var ios, seconds float64
+	for _, cpu := range []int{0, runtime.NumCPU() - 1} {
+		if err := d.pin(cpu); err != nil {
+			return 0, err
+		}
+		w, err := d.leg()
+		if err != nil {
+			return 0, err
+		}
+		ios, seconds = ios+float64(w.ios), seconds+w.seconds
+	}
+	if l.unit == "MB/s" {
+		ios *= mib / 1e6
+	}
+	return ios / seconds, ctx.Err()
 }
 
-func (d *diskGuest) close() { d.kill() }
+// pin has the vCPU run on one processor.
+func (d *diskGuest) pin(cpu int) error {
+	names, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/comm", d.pid()))
+	if err != nil {
+		return err
+	}
+	var only unix.CPUSet
+	only.Set(cpu)
+	for _, name := range names {
+		if text, err := os.ReadFile(name); err != nil || string(text) != "CPU 0/KVM\n" {
+			continue // it may have ended
+		}
+		tid, err := strconv.Atoi(filepath.Base(filepath.Dir(name)))
+		if err != nil {
+			return err
+		}
+		return unix.SchedSetaffinity(tid, &only)
+	}
+	return fmt.Errorf("process %d has no thread CPU 0/KVM", d.pid())
+}
+
+// leg has the guest go on until it waits again.
+func (d *diskGuest) leg() (w writing, err error) {
+	if err := errors.Join(d.cmd.Process.Signal(unix.SIGCONT), d.release()); err != nil {
+		return w, err
+	}
+	for range 2 {
+		if w, err = d.writing(); err != nil {
+			return w, err
+		}
+	}
+	return w, d.waiting()
+}
 
 // waiting returns when the guest waits.
 func (d *diskGuest) waiting() error {
@@ -248,23 +301,4 @@ func (d *diskGuest) waiting() error {
 	return d.cmd.Process.Signal(unix.SIGSTOP)
 }
 
-func (d *diskGuest) turn(context.Context, int) (float64, error) {
-	if err := errors.Join(d.cmd.Process.Signal(unix.SIGCONT), d.release()); err != nil {
-		return 0, err
-	}
-	var w writing
-	for range 2 {
-		var err error
-		if w, err = d.writing(); err != nil {
-			return 0, err
-		}
-	}
-	if err := d.waiting(); err != nil {
-		return 0, err
-	}
-	x := float64(w.ios) / w.seconds
-	if d.unit == "MB/s" {
-		x *= mib / 1e6
-	}
-	return x, nil
-}
+func (d *diskGuest) close() { d.kill() }

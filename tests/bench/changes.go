@@ -20,7 +20,7 @@ func (b *bench) recording() experiment {
 	e := experiment{
 		name:       "recording of changes",
 		contenders: []contender{{name: "gnomon changes=on"}, {name: "gnomon"}},
-		turns:      &turns{count: b.pick(16, 6), loads: loads, openers: []opener{side("recorded.img", ",changes=on"), side("plain.img", "")}},
+		turns:      &turns{count: b.pick(8, 4), loads: loads, openers: []opener{side("recorded.img", ",changes=on"), side("plain.img", "")}},
 	}
 	e.promise(loads, 0.98)
 	return e

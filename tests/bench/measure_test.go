@@ -61,8 +61,8 @@ type clockwork struct {
 
 func (c clockwork) close() { *c.open-- }
 
-func (c clockwork) turn(_ context.Context, n int) (float64, error) {
-	fmt.Fprintf(c.told, "%s%d ", c.name, n)
+func (c clockwork) turn(_ context.Context, l load, n int) (float64, error) {
+	fmt.Fprintf(c.told, "%s%s%d ", c.name, l.metric, n)
 	return float64(n), nil
 }
 
@@ -70,27 +70,27 @@ func TestSidesTakeTurns(t *testing.T) {
 	var told strings.Builder
 	open := 0
 	side := func(name string) opener {
-		return func(_ context.Context, l load, turns, place int) (standby, error) {
+		return func(_ context.Context, loads []load, times, place int) (standby, error) {
 			open++
-			fmt.Fprintf(&told, "%s:%s*%d@%d ", name, l.metric, turns, place)
+			fmt.Fprintf(&told, "%s:%d*%d@%d ", name, len(loads), times, place)
 			return clockwork{&told, name, &open}, nil
 		}
 	}
 	e := experiment{
 		name:       "test",
 		contenders: []contender{{name: "A"}, {name: "B"}},
-		turns:      &turns{count: 2, loads: []load{{metric: "a"}, {metric: "b"}}, openers: []opener{side("A"), side("B")}},
+		turns:      &turns{count: 2, loads: []load{{metric: "a"}, {metric: "b"}, {metric: "c"}}, openers: []opener{side("A"), side("B")}},
 	}
 	e.promise(e.turns.loads[1:], 1)
 	rows, err := e.measure(t.Context(), 2, progress{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	const turns = "A0 B0 B1 A1 A2 B2 "
-	if want := "A:b*3@0 B:b*3@1 " + turns + "A:b*3@1 B:b*3@0 " + turns; told.String() != want || open != 0 {
+	const turns = "Ab0 Bb0 Bb1 Ab1 Ab2 Bb2 Ac0 Bc0 Bc1 Ac1 Ac2 Bc2 "
+	if want := "A:2*3@0 B:2*3@1 " + turns + "B:2*3@0 A:2*3@1 " + turns; told.String() != want || open != 0 {
 		t.Errorf("%s, %d left open; want %s", told.String(), open, want)
 	}
-	if len(rows) != 1 || rows[0].Ours != 1.5 || rows[0].Peer != 1.5 || !rows[0].OK {
+	if len(rows) != 2 || rows[0].Ours != 1.5 || rows[0].Peer != 1.5 || !rows[0].OK {
 		t.Errorf("%+v: the first turn counts", rows)
 	}
 }

@@ -30,7 +30,7 @@ func (b *bench) nbd(format, cache string) experiment {
 		name, direct, other = name+" direct", "on", "native"
 	}
 	side := func(command func(image, string) []string) opener {
-		return func(ctx context.Context, l load, _, place int) (standby, error) {
+		return func(ctx context.Context, _ []load, _, place int) (standby, error) {
 			img := b.image(format, place)
 			ready := img.make
 			if cache == "none" {
@@ -43,7 +43,7 @@ func (b *bench) nbd(format, cache string) experiment {
 			if err != nil {
 				return nil, err
 			}
-			return b.openServer(ctx, command(img, socket), socket, l)
+			return b.openServer(ctx, command(img, socket), socket)
 		}
 	}
 	daemon := func(aio string) opener {
@@ -60,7 +60,7 @@ func (b *bench) nbd(format, cache string) experiment {
 	e := experiment{
 		name:       name,
 		contenders: []contender{{name: "gnomon disk serve"}, {name: "qemu-storage-daemon, " + other}, {name: "qemu-storage-daemon, io_uring"}},
-		turns: &turns{count: b.pick(5, 4), loads: nbdLoads, openers: []opener{
+		turns: &turns{count: b.pick(2, 3), loads: nbdLoads, openers: []opener{
 			side(func(img image, socket string) []string {
 				return []string{b.gnomon, "disk", "serve", img.path, "-f", format, "--cache", cache, "--listen", "unix:" + socket, "--export-name", "d"}
 			}),
@@ -74,7 +74,6 @@ func (b *bench) nbd(format, cache string) experiment {
 
 // A server serves an image to fio, which uses it for a moment in each turn.
 type server struct {
-	load   load
 	socket string
 	runs   string // for so long
 	cancel context.CancelFunc
@@ -82,9 +81,9 @@ type server struct {
 }
 
 // openServer starts a server and waits until it takes connections.
-func (b *bench) openServer(ctx context.Context, command []string, socket string, l load) (*server, error) {
+func (b *bench) openServer(ctx context.Context, command []string, socket string) (*server, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
-	s := &server{load: l, socket: socket, runs: fmt.Sprintf("--runtime=%dms", b.pick(300, 150)), cancel: cancel, ended: make(chan error, 1)}
+	s := &server{socket: socket, runs: fmt.Sprintf("--runtime=%dms", b.pick(300, 150)), cancel: cancel, ended: make(chan error, 1)}
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	var said strings.Builder
 	cmd.Stderr = &said
@@ -118,10 +117,10 @@ func (s *server) close() {
 	os.Remove(s.socket)
 }
 
-func (s *server) turn(ctx context.Context, _ int) (float64, error) {
-	x, err := fio(ctx, append(strings.Fields(s.load.words), "--ioengine=nbd", "--uri=nbd+unix:///d?socket="+s.socket,
+func (s *server) turn(ctx context.Context, l load, _ int) (float64, error) {
+	x, err := fio(ctx, append(strings.Fields(l.words), "--ioengine=nbd", "--uri=nbd+unix:///d?socket="+s.socket,
 		"--time_based", "--ramp_time=50ms", s.runs)...)
-	if s.load.unit == "MB/s" {
+	if l.unit == "MB/s" {
 		return x.Bytes / 1e6, err
 	}
 	return x.IOPS, err

@@ -1,21 +1,19 @@
 package main
 
-import (
-	"context"
-	"fmt"
-)
+import "context"
 
-// A standby is a side that is there while the others have their turns, and does one load
+// A standby is a side that is there while the others have their turns, and does a load
 // for a moment when its own comes.
 type standby interface {
 	// turn does the load for the n-th time, from 0, and returns its figure.
-	turn(ctx context.Context, n int) (float64, error)
+	turn(ctx context.Context, l load, n int) (float64, error)
 	close()
 }
 
-// opener prepares a side to do a load so many times. place is one of as many as there
-// are sides, each another one, and each all of them as the runs go on.
-type opener func(ctx context.Context, l load, turns, place int) (standby, error)
+// opener prepares a side to do each of the loads so many times, one load after the other.
+// place is one of as many as there are sides, each another one, and each all of them as the
+// runs go on.
+type opener func(ctx context.Context, loads []load, times, place int) (standby, error)
 
 // A load is one way to use what is measured.
 type load struct {
@@ -35,47 +33,37 @@ type turns struct {
 
 // measure returns what each side measured in each turn of a run.
 func (t *turns) measure(ctx context.Context, wanted func(metric string) bool) ([]map[string][]float64, error) {
-	got := make([]map[string][]float64, len(t.openers))
-	for i := range got {
-		got[i] = map[string][]float64{}
-	}
+	var loads []load
 	for _, l := range t.loads {
-		if !wanted(l.metric) {
-			continue
-		}
-		figures, err := t.take(ctx, l)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", l.text, err)
-		}
-		for i := range figures {
-			got[i][l.metric] = figures[i]
+		if wanted(l.metric) {
+			loads = append(loads, l)
 		}
 	}
-	t.run++
-	return got, nil
-}
-
-// take measures one load.
-func (t *turns) take(ctx context.Context, l load) ([][]float64, error) {
 	sides := make([]standby, len(t.openers))
-	for i, open := range t.openers {
-		side, err := open(ctx, l, 1+t.count, (i+t.run)%len(t.openers))
+	got := make([]map[string][]float64, len(t.openers))
+	for place := range sides {
+		// Who starts first gets other memory than who does last: the kernel's
+		// leftovers, of which large requests have many pieces.
+		i := (place + t.run) % len(sides)
+		side, err := t.openers[i](ctx, loads, 1+t.count, place)
 		if err != nil {
 			return nil, err
 		}
 		defer side.close()
-		sides[i] = side
+		sides[i], got[i] = side, map[string][]float64{}
 	}
-	got := make([][]float64, len(sides))
-	for n := range 1 + t.count {
-		for i := range sides {
-			i = (i + n) % len(sides)
-			x, err := sides[i].turn(ctx, n)
-			if err != nil {
-				return nil, err
-			}
-			if n > 0 {
-				got[i] = append(got[i], x)
+	t.run++
+	for _, l := range loads {
+		for n := range 1 + t.count {
+			for i := range sides {
+				i = (i + n) % len(sides)
+				x, err := sides[i].turn(ctx, l, n)
+				if err != nil {
+					return nil, err
+				}
+				if n > 0 {
+					got[i][l.metric] = append(got[i][l.metric], x)
+				}
 			}
 		}
 	}

@@ -93,7 +93,7 @@ func (b *bench) peer(machine string, memory int, args ...string) vmm {
 			return append([]string{
 				"-machine", machine + ",memory-backend=ram",
 				"-object", fmt.Sprintf("memory-backend-memfd,id=ram,size=%dM,share=on", memory), "-m", fmt.Sprint(memory),
-				"-nodefaults", "-no-user-config", "-display", "none", "-accel", "kvm", "-cpu", "host", "-no-reboot",
+				"-name", "bench,debug-threads=on", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "kvm", "-cpu", "host", "-no-reboot",
 				"-serial", "stdio", "-kernel", b.kernel, "-append", words,
 			}, args...)
 		},

@@ -110,10 +110,10 @@ void work_spin(const struct work *w)
  */
 void work_wait(const struct work *w)
 {
+	u64 pause = ms_to_cycles(1); /* whoever hears of the wait may stop the machine: time is not measured after */
 	line("wait");
 	kvs("for", word(w, "for", "line"));
 	end();
-	u64 pause = ms_to_cycles(1);
 	if (same(word(w, "by", "line"), "mailbox"))
 		while (!mailbox->stop)
 			relax();

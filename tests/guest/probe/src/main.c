@@ -53,7 +53,7 @@ static void run(const struct work *w)
 
 void probe_main(void)
 {
-	static char command_line[4096];
+	static char command_line[32768];
 	ring3_tsc = rdtsc();
 	mailbox->magic = MAILBOX_MAGIC;
 	mailbox->counter = 0;
