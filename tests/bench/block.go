@@ -152,12 +152,12 @@ func (b *bench) allocating(format, cache string) experiment {
 	return b.blockTurns(format, cache, allocatingLoads, func(l load, leg int) [2]string {
 		some, many, at := 100, b.pick(1500, 500), 4*leg
 		if l.unit == "MB/s" {
-			some, many, at = 8, b.pick(96, 32), at+1
+			some, many, at = 8, b.pick(64, 32), at+1
 		}
 		return [2]string{fmt.Sprintf("%s%d off=%dG", l.words, some, at), fmt.Sprintf("%s%d off=%dG", l.words, many, at+2)}
 	}, func(place int) (image, error) {
 		img := b.image(format, place)
-		img.path += ".empty"
+		img.path, img.size = img.path+".empty", 0
 		return img, img.makeEmpty()
 	})
 }
@@ -223,7 +223,7 @@ func diskSide(v func(image) vmm, words func(l load, leg int) [2]string, ready fu
 		if err != nil {
 			return nil, errors.Join(err, unix.Munmap(leftovers))
 		}
-		d := &diskGuest{g, leftovers}
+		d := &diskGuest{g, leftovers, img.size == 0}
 		if err := d.waiting(); err != nil {
 			d.close()
 			return nil, err
@@ -244,6 +244,7 @@ func (e *experiment) promise(loads []load, ratio float64) {
 type diskGuest struct {
 	*guest
 	leftovers []byte
+	allocates bool
 }
 
 // takeLeftovers uses up the host's free memory that lies in small pieces. Of guests that
@@ -256,6 +257,12 @@ func takeLeftovers() ([]byte, error) {
 // turn has the guest do the load with its vCPU on one processor and then on another: the
 // disk interrupts one of them, and with the guest there all takes longer.
 func (d *diskGuest) turn(ctx context.Context, l load, _ int) (float64, error) {
+	if d.allocates {
+		unix.Sync()                              // so that the kernel does not slow down who writes when too much is left to write back
+		if err := touchMemory(256); err != nil { // what is written to the page cache in a turn, and more
+			return 0, err
+		}
+	}
 	var ios, seconds float64
 	for _, cpu := range []int{0, runtime.NumCPU() - 1} {
 		if err := d.pin(cpu); err != nil {

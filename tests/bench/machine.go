@@ -284,3 +284,23 @@ const enoughChanges = 5
 // lookEvery is how often it is looked whether the guest counts. The kernel adds
 // some tens of microseconds.
 const lookEvery = 50 * time.Microsecond
+
+// touchMemory has so many MiB of free memory been used just before it is used for
+// something that is measured. This host may be a virtual machine itself, whose memory comes and
+// goes: whoever is the first to use it would pay for the others.
+func touchMemory(size int) error {
+	for _, advice := range []int{unix.MADV_NOHUGEPAGE, unix.MADV_HUGEPAGE} { // what the page cache takes in small pieces, and in large ones
+		b, err := unix.Mmap(-1, 0, size*mib, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+		if err != nil {
+			return err
+		}
+		_ = unix.Madvise(b, advice) // a kernel without huge pages has no large pieces either
+		for at := 0; at < len(b); at += pageSize {
+			b[at] = 1
+		}
+		if err := unix.Munmap(b); err != nil {
+			return err
+		}
+	}
+	return nil
+}

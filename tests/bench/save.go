@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"os"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // dirtyRate is how many pages a second a guest writes while it is saved.
@@ -87,20 +85,6 @@ func (h *heavy) during(ctx context.Context, f func() error) error {
 	return h.qmp.ask("stop")
 }
 
-// touchMemory has as much free memory as a save will fill with its file been used just
-// before. This host may be a virtual machine itself, whose memory comes and goes: whoever
-// is the first to use it would pay for the others.
-func (h *heavy) touchMemory() error {
-	b, err := unix.Mmap(-1, 0, h.size*mib, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err != nil {
-		return err
-	}
-	for at := 0; at < len(b); at += pageSize {
-		b[at] = 1
-	}
-	return unix.Munmap(b)
-}
-
 // saveOurs saves Gnomon's guest while it writes.
 func (h *heavy) saveOurs(ctx context.Context) (s *saved, err error) {
 	file, err := h.b.scratch("save")
@@ -108,7 +92,7 @@ func (h *heavy) saveOurs(ctx context.Context) (s *saved, err error) {
 		return nil, err
 	}
 	defer os.Remove(file)
-	if err := h.touchMemory(); err != nil {
+	if err := touchMemory(h.size); err != nil {
 		return nil, err
 	}
 	err = h.during(ctx, func() error {
@@ -126,7 +110,7 @@ func (s *saved) throughput() float64 {
 // saveQEMU saves QEMU's guest: it stands still from before to after. flush is how much
 // longer it takes until the file is on disk, for which QEMU does not wait.
 func (h *heavy) saveQEMU(ctx context.Context, file string, program bool) (pause, flush time.Duration, err error) {
-	if err := h.touchMemory(); err != nil {
+	if err := touchMemory(h.size); err != nil {
 		return 0, 0, err
 	}
 	err = h.during(ctx, func() error {
@@ -161,7 +145,7 @@ func (h *heavy) saveStopped(ctx context.Context, noFlush bool) (float64, error) 
 		return 0, err
 	}
 	defer os.Remove(file)
-	if err := h.touchMemory(); err != nil {
+	if err := touchMemory(h.size); err != nil {
 		return 0, err
 	}
 	s, err := h.checkpointWith(ctx, map[string]any{"file": file, "mode": "stop", "no-flush": noFlush})
