@@ -251,7 +251,7 @@ type diskGuest struct {
 // are started then none has its memory in more pieces than another: a disk does large
 // requests of many pieces half as fast, and smaller processes would get more of them.
 func takeLeftovers() ([]byte, error) {
-	return unix.Mmap(-1, 0, 384*mib, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	return unix.Mmap(-1, 0, 1024*mib, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
 }
 
 // turn has the guest do the load with its vCPU on one processor and then on another: the
@@ -259,7 +259,7 @@ func takeLeftovers() ([]byte, error) {
 func (d *diskGuest) turn(ctx context.Context, l load, _ int) (float64, error) {
 	if d.allocates {
 		unix.Sync()                              // so that the kernel does not slow down who writes when too much is left to write back
-		if err := touchMemory(256); err != nil { // what is written to the page cache in a turn, and more
+		if err := touchMemory(768); err != nil { // what is written to the page cache in a turn, and more
 			return 0, err
 		}
 	}
