@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -276,6 +277,26 @@ func TestPausedGuestStandsStill(t *testing.T) {
 	}
 	r.Quit()
 	r.end(t, vmm.ExitQuit)
+}
+
+// Operators find and pin a vCPU's thread by the name that QEMU gives it.
+func TestThreadNames(t *testing.T) {
+	m := start(t, "boot spin", func(c *vmm.Config) { c.CPUs = 2 })
+	m.serial.waitFor(t, "probe: boot", 1)
+	for i, cpu := range m.CPUs() {
+		for cpu.ThreadID == 0 { // the second need not have run when the first has
+			runtime.Gosched()
+			cpu = m.CPUs()[i]
+		}
+		path, want := fmt.Sprintf("/proc/self/task/%d/comm", cpu.ThreadID), fmt.Sprintf("CPU %d/KVM\n", i)
+		name, err := os.ReadFile(path)
+		for start := time.Now(); err == nil && string(name) != want && time.Since(start) < 10*time.Second; {
+			name, err = os.ReadFile(path)
+		}
+		if err != nil || string(name) != want {
+			t.Errorf("vCPU %d: its thread is %q, %v", i, name, err)
+		}
+	}
 }
 
 func TestSystemReset(t *testing.T) {
