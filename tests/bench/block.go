@@ -18,10 +18,10 @@ import (
 	"github.com/gnomon-vmm/gnomon/tests/guest/probe"
 )
 
-// image is a disk image that all contenders use in turn.
+// image is a disk image.
 type image struct {
 	path, format string
-	size         int64 // of what is written, from the beginning
+	size         int64 // of what is written, from the beginning; 0: it is empty at first
 }
 
 // image is one of those with disks' contents: whatever their format and number they hold the same.
@@ -256,7 +256,7 @@ func takeLeftovers() ([]byte, error) {
 
 // turn has the guest do the load with its vCPU on one processor and then on another: the
 // disk interrupts one of them, and with the guest there all takes longer.
-func (d *diskGuest) turn(ctx context.Context, l load, _ int) (float64, error) {
+func (d *diskGuest) turn(ctx context.Context, l load) (float64, error) {
 	if d.allocates {
 		unix.Sync()                              // so that the kernel does not slow down who writes when too much is left to write back
 		if err := touchMemory(768); err != nil { // what is written to the page cache in a turn, and more

@@ -117,7 +117,7 @@ func (s *server) close() {
 	os.Remove(s.socket)
 }
 
-func (s *server) turn(ctx context.Context, l load, _ int) (float64, error) {
+func (s *server) turn(ctx context.Context, l load) (float64, error) {
 	x, err := fio(ctx, append(strings.Fields(l.words), "--ioengine=nbd", "--uri=nbd+unix:///d?socket="+s.socket,
 		"--time_based", "--ramp_time=50ms", s.runs)...)
 	if l.unit == "MB/s" {

@@ -5,8 +5,8 @@ import "context"
 // A standby is a side that is there while the others have their turns, and does a load
 // for a moment when its own comes.
 type standby interface {
-	// turn does the load for the n-th time, from 0, and returns its figure.
-	turn(ctx context.Context, l load, n int) (float64, error)
+	// turn does the load and returns its figure.
+	turn(ctx context.Context, l load) (float64, error)
 	close()
 }
 
@@ -57,7 +57,7 @@ func (t *turns) measure(ctx context.Context, wanted func(metric string) bool) ([
 		for n := range 1 + t.count {
 			for i := range sides {
 				i = (i + n) % len(sides)
-				x, err := sides[i].turn(ctx, l, n)
+				x, err := sides[i].turn(ctx, l)
 				if err != nil {
 					return nil, err
 				}
