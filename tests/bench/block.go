@@ -185,15 +185,14 @@ func (b *bench) blockTurns(format, cache string, loads []load, words func(l load
 	}
 	thread := []string{"-object", "iothread,id=io0"}
 	e := experiment{
-		name:       name,
-		contenders: []contender{{name: "gnomon"}, {name: "QEMU q35 io_uring"}, {name: "QEMU q35 io_uring iothread"}, {name: "QEMU q35 " + other + " iothread"}},
-		turns: &turns{count: b.pick(2, 3), loads: loads, openers: []opener{
-			side(func(img image) vmm {
+		name: name,
+		schedule: &turns{count: b.pick(2, 3), loads: loads, sides: []contestant{
+			{"gnomon", side(func(img image) vmm {
 				return b.ours(256, "--disk", "file="+img.path+",format="+format+",cache="+cache, "--net", "none")
-			}),
-			qemu("io_uring", ""),
-			qemu("io_uring", ",iothread=io0", thread...),
-			qemu(other, ",iothread=io0", thread...),
+			})},
+			{"QEMU q35 io_uring", qemu("io_uring", "")},
+			{"QEMU q35 io_uring iothread", qemu("io_uring", ",iothread=io0", thread...)},
+			{"QEMU q35 " + other + " iothread", qemu(other, ",iothread=io0", thread...)},
 		}},
 	}
 	e.promise(loads, 1)

@@ -18,9 +18,11 @@ func (b *bench) recording() experiment {
 		})
 	}
 	e := experiment{
-		name:       "recording of changes",
-		contenders: []contender{{name: "gnomon changes=on"}, {name: "gnomon"}},
-		turns:      &turns{count: b.pick(8, 4), loads: loads, openers: []opener{side("recorded.img", ",changes=on"), side("plain.img", "")}},
+		name: "recording of changes",
+		schedule: &turns{count: b.pick(8, 4), loads: loads, sides: []contestant{
+			{"gnomon changes=on", side("recorded.img", ",changes=on")},
+			{"gnomon", side("plain.img", "")},
+		}},
 	}
 	e.promise(loads, 0.98)
 	return e

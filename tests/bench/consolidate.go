@@ -36,7 +36,7 @@ func (b *bench) consolidate() experiment {
 	}
 	e := experiment{
 		name: "consolidate",
-		contenders: []contender{
+		schedule: contenders{
 			{"gnomon", run(b.ours(256, "--disk", "file="+top+",format=qcow2", "--net", "none"))},
 			{"QEMU q35", run(b.peer("q35", 256,
 				// Threads, whose writes are counted for the process, unlike those of io_uring.

@@ -50,7 +50,7 @@ func (b *bench) convert(cache string) experiment {
 	}
 	return experiment{
 		name: "convert " + cache,
-		contenders: []contender{
+		schedule: contenders{
 			{"gnomon", run(b.gnomon, "disk", "convert")},
 			{"qemu-img", run("qemu-img", "convert")},
 			{"qemu-img, 16 out of order", run("qemu-img", "convert", "-m", "16", "-W")},

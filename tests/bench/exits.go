@@ -11,7 +11,7 @@ func (b *bench) exits() experiment {
 	}
 	return experiment{
 		name: "exits",
-		contenders: []contender{
+		schedule: contenders{
 			{"gnomon", run(b.ours(128, "--net", "none"))},
 			{"QEMU microvm", run(b.peer(microvm, 128))},
 			{"QEMU q35", run(b.peer("q35", 128))},

@@ -19,7 +19,7 @@ func (b *bench) idle() experiment {
 	var s *saved // of the last run
 	return experiment{
 		name: "idle",
-		contenders: []contender{
+		schedule: contenders{
 			{"gnomon", func(ctx context.Context) (f figures, err error) {
 				if s == nil { // nothing that time could change
 					s, err = b.saveLinux(ctx)

@@ -13,7 +13,7 @@ func (b *bench) increment() experiment {
 	i := &incremental{b: b, size: b.pick(1024, 256)}
 	return experiment{
 		name: "increment",
-		contenders: []contender{
+		schedule: contenders{
 			{"gnomon checkpoint --parent", func(ctx context.Context) (figures, error) { return i.save(ctx, false) }},
 			{"gnomon checkpoint", func(ctx context.Context) (figures, error) { return i.save(ctx, true) }},
 		},

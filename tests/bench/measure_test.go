@@ -21,8 +21,8 @@ func TestContendersTakeTurns(t *testing.T) {
 		}}
 	}
 	e := experiment{
-		name:       "test",
-		contenders: []contender{turn("A", 3), turn("B", 4), turn("C", 6)},
+		name:     "test",
+		schedule: contenders{turn("A", 3), turn("B", 4), turn("C", 6)},
 		promises: []promise{
 			{metric: "a", text: "first", higher: true, bound: bound{"ratio", ">=", 1}},
 			{metric: "b", text: "second", bound: bound{"ratio", "<", 1}},
@@ -46,7 +46,7 @@ func TestContendersTakeTurns(t *testing.T) {
 		t.Errorf("chosen: %v", c.promises)
 	}
 	broken := errors.New("broken")
-	e.contenders[1].run = func(context.Context) (figures, error) { return nil, broken }
+	e.schedule.(contenders)[1].run = func(context.Context) (figures, error) { return nil, broken }
 	if _, err := e.measure(t.Context(), 1, progress{}); !errors.Is(err, broken) || !strings.Contains(err.Error(), "B") {
 		t.Errorf("a broken peer: %v", err)
 	}
@@ -78,12 +78,9 @@ func TestSidesTakeTurns(t *testing.T) {
 			return clockwork{&told, name, &open, new(int)}, nil
 		}
 	}
-	e := experiment{
-		name:       "test",
-		contenders: []contender{{name: "A"}, {name: "B"}},
-		turns:      &turns{count: 2, loads: []load{{metric: "a"}, {metric: "b"}, {metric: "c"}}, openers: []opener{side("A"), side("B")}},
-	}
-	e.promise(e.turns.loads[1:], 1)
+	loads := []load{{metric: "a"}, {metric: "b"}, {metric: "c"}}
+	e := experiment{name: "test", schedule: &turns{count: 2, loads: loads, sides: []contestant{{"A", side("A")}, {"B", side("B")}}}}
+	e.promise(loads[1:], 1)
 	rows, err := e.measure(t.Context(), 2, progress{})
 	if err != nil {
 		t.Fatal(err)

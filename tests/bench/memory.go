@@ -53,7 +53,7 @@ func (b *bench) memory() experiment {
 	ours := b.ours(128, "--disk", "file="+image.path, "--net", "user")
 	return experiment{
 		name: "memory",
-		contenders: []contender{
+		schedule: contenders{
 			{"gnomon", busy(ours)},
 			{"QEMU microvm", idle(b.peer(microvm, 128, devices("device")...))}, // the probe guest finds devices on PCI only
 			{"QEMU q35", busy(b.peer("q35", 128, devices("pci")...))},

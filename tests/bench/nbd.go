@@ -58,14 +58,13 @@ func (b *bench) nbd(format, cache string) experiment {
 		})
 	}
 	e := experiment{
-		name:       name,
-		contenders: []contender{{name: "gnomon disk serve"}, {name: "qemu-storage-daemon, " + other}, {name: "qemu-storage-daemon, io_uring"}},
-		turns: &turns{count: b.pick(1, 3), loads: nbdLoads, openers: []opener{
-			side(func(img image, socket string) []string {
+		name: name,
+		schedule: &turns{count: b.pick(1, 3), loads: nbdLoads, sides: []contestant{
+			{"gnomon disk serve", side(func(img image, socket string) []string {
 				return []string{b.gnomon, "disk", "serve", img.path, "-f", format, "--cache", cache, "--listen", "unix:" + socket, "--export-name", "d"}
-			}),
-			daemon(other),
-			daemon("io_uring"),
+			})},
+			{"qemu-storage-daemon, " + other, daemon(other)},
+			{"qemu-storage-daemon, io_uring", daemon("io_uring")},
 		}},
 	}
 	e.promise(nbdLoads, 1)

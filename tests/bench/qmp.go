@@ -23,7 +23,7 @@ func (b *bench) qmp() experiment {
 	peer := []string{"-S", "-qmp", "unix:" + socket + ",server=on,wait=off"}
 	return experiment{
 		name: "qmp",
-		contenders: []contender{
+		schedule: contenders{
 			{"gnomon", run(b.ours(128, "--net", "none"), "--paused", "--qmp", "unix:"+socket)},
 			{"QEMU microvm", run(b.peer(microvm, 128), peer...)},
 			{"QEMU q35", run(b.peer("q35", 128), peer...)},

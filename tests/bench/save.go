@@ -242,7 +242,7 @@ func (b *bench) saving() experiment {
 		name: "saving",
 		// No save of a side follows another of its own: a disk may be slower after much was
 		// written.
-		contenders: []contender{
+		schedule: contenders{
 			{"gnomon", running},
 			{"QEMU stop, migrate to file", qemu(false)},
 			{"gnomon", stopped("stopped", true)},
@@ -352,7 +352,7 @@ func (b *bench) growth() experiment {
 	}
 	return experiment{
 		name: "growth",
-		contenders: []contender{
+		schedule: contenders{
 			{fmt.Sprintf("gnomon %d MiB", large), run(large, true, true)},
 			{fmt.Sprintf("gnomon %d MiB", small), run(small, true, false)},
 			{fmt.Sprintf("gnomon %d MiB", tiny), run(tiny, false, true)},

@@ -26,7 +26,7 @@ func (b *bench) start() experiment {
 	}
 	return experiment{
 		name: "start",
-		contenders: []contender{
+		schedule: contenders{
 			{"gnomon", run(b.ours(128, "--net", "none"))},
 			{"QEMU microvm", run(b.peer(microvm, 128))},
 			{"QEMU microvm acpi=off", run(b.peer(microvm+",acpi=off", 128))},

@@ -1,6 +1,9 @@
 package main
 
-import "context"
+import (
+	"context"
+	"fmt"
+)
 
 // A standby is a side that is there while the others have their turns, and does a load
 // for a moment when its own comes.
@@ -25,32 +28,42 @@ type load struct {
 // other, again and again. A disk of a virtual host changes its speed within a second:
 // only what is measured close together compares.
 type turns struct {
-	count   int // in a run, after the first, which does not count
-	loads   []load
-	openers []opener // of the contenders, in their order
-	run     int
+	count int // in a run, after the first, which does not count
+	loads []load
+	sides []contestant
+	run   int
 }
 
-// measure returns what each side measured in each turn of a run.
-func (t *turns) measure(ctx context.Context, wanted func(metric string) bool) ([]map[string][]float64, error) {
+// A contestant is a side by its name.
+type contestant struct {
+	name string
+	open opener
+}
+
+// round is a run of all loads that are wanted.
+func (t *turns) round(ctx context.Context, wanted func(metric string) bool, got *notes, say func(string)) error {
 	var loads []load
 	for _, l := range t.loads {
 		if wanted(l.metric) {
 			loads = append(loads, l)
 		}
 	}
-	sides := make([]standby, len(t.openers))
-	got := make([]map[string][]float64, len(t.openers))
+	say("all in turn")
+	sides := make([]standby, len(t.sides))
+	figures := make([]map[string][]float64, len(t.sides))
+	for i, s := range t.sides {
+		figures[i] = got.of(s.name)
+	}
 	for place := range sides {
 		// Who starts first gets other memory than who does last: the kernel's
 		// leftovers, of which large requests have many pieces.
 		i := (place + t.run) % len(sides)
-		side, err := t.openers[i](ctx, loads, 1+t.count, place)
+		side, err := t.sides[i].open(ctx, loads, 1+t.count, place)
 		if err != nil {
-			return nil, err
+			return fmt.Errorf("%s: %w", t.sides[i].name, err)
 		}
 		defer side.close()
-		sides[i], got[i] = side, map[string][]float64{}
+		sides[i] = side
 	}
 	t.run++
 	for _, l := range loads {
@@ -59,13 +72,13 @@ func (t *turns) measure(ctx context.Context, wanted func(metric string) bool) ([
 				i = (i + n) % len(sides)
 				x, err := sides[i].turn(ctx, l)
 				if err != nil {
-					return nil, err
+					return fmt.Errorf("%s: %s: %w", t.sides[i].name, l.text, err)
 				}
 				if n > 0 {
-					got[i][l.metric] = append(got[i][l.metric], x)
+					figures[i][l.metric] = append(figures[i][l.metric], x)
 				}
 			}
 		}
 	}
-	return got, ctx.Err()
+	return ctx.Err()
 }

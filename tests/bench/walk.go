@@ -15,7 +15,7 @@ func (b *bench) walk() experiment {
 	cold := []string{"--no-background"}
 	return experiment{
 		name: "walk",
-		contenders: []contender{
+		schedule: contenders{
 			{"gnomon restore", func(ctx context.Context) (figures, error) {
 				f, err := w.restored(ctx, false)
 				if err != nil {
