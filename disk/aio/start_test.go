@@ -247,14 +247,18 @@ func TestRingMissesNoEnd(t *testing.T) {
 	}
 	defer unix.Close(pipe[0])
 	defer unix.Close(pipe[1])
-	const rounds = 2000
+	const rounds = 8000
 	r := newTestRing(t)
 	var turn atomic.Int32 // rounds that the other side may end
 	var other sync.WaitGroup
 	defer other.Wait()
 	defer turn.Store(rounds)
-	pause := func(rng *rand.Rand) { // as long as an end takes to arrive
-		for end := time.Now().Add(time.Duration(rng.IntN(40)) * time.Microsecond); time.Now().Before(end); {
+	pause := func(rng *rand.Rand, atLeast time.Duration) {
+		if atLeast > time.Millisecond/4 { // the other side has no processor of its own
+			time.Sleep(atLeast)
+			return
+		}
+		for end := time.Now().Add(atLeast + time.Duration(rng.IntN(10))*time.Microsecond); time.Now().Before(end); {
 		}
 	}
 	other.Go(func() {
@@ -263,7 +267,7 @@ func TestRingMissesNoEnd(t *testing.T) {
 			for turn.Load() <= n {
 				runtime.Gosched()
 			}
-			pause(rng)
+			pause(rng, 0)
 			_, _ = unix.Write(pipe[1], []byte{1})
 		}
 	})
@@ -271,6 +275,7 @@ func TestRingMissesNoEnd(t *testing.T) {
 	var e ends
 	q := block.Request{Bufs: [][]byte{make([]byte, 1)}, Ring: r}
 	slept, seen := 0, 0
+	lead := time.Duration(0) // of the end over Arm; the one that was late gets more of it, so they meet
 	for n := range int32(rounds) {
 		q.Enter(&e, 0)
 		if !r.Start(&q, pipe[0]) {
@@ -279,12 +284,14 @@ func TestRingMissesNoEnd(t *testing.T) {
 		r.Submit()
 		turn.Store(n + 1)
 		for r.Reap(); r.UnderWay() > 0; r.Reap() {
-			pause(rng)
+			pause(rng, lead)
 			if r.Arm() {
 				seen++
+				lead = max(0, lead-2*time.Microsecond)
 				continue
 			}
 			slept++
+			lead += 2 * time.Microsecond
 			patience := []unix.PollFd{{Fd: int32(r.event), Events: unix.POLLIN}}
 			for {
 				ready, err := unix.Poll(patience, 10000)
