@@ -21,6 +21,7 @@ type fixture struct {
 	*File
 	path    string
 	content []byte
+	free    func() // what occupy returns
 }
 
 // newFile makes a file of size bytes of noise. align is 0 or what requests shall be
@@ -56,7 +57,43 @@ func openFile(t *testing.T, path string, content []byte, o Options) *fixture {
 		}
 		unix.Close(fd)
 	})
-	return &fixture{f, path, content}
+	free := func() {}
+	if f.ring != nil {
+		free = sync.OnceFunc(occupy(f))
+	}
+	t.Cleanup(free)
+	return &fixture{f, path, content, free}
+}
+
+// occupy has no request of f be the only one, so that the io_uring makes them all, until
+// the function that it returns is called.
+func occupy(f *File) func() {
+	f.ring.mu.Lock()
+	defer f.ring.mu.Unlock()
+	s := f.ring.take()
+	return func() { f.ring.end(s) }
+}
+
+// The io_uring makes requests but the only one.
+func TestOnlyRequest(t *testing.T) {
+	made := func(f *fixture) uint32 {
+		before := *f.ring.sqTail
+		p := alignedMemory(4096)
+		if n, err := f.Readv([][]byte{p}, 8192); n != 4096 || err != nil || !bytes.Equal(p, f.content[8192:][:4096]) {
+			t.Errorf("read: %d, %v, or something else", n, err)
+		}
+		return *f.ring.sqTail - before
+	}
+	o := Options{Engine: IOUring, Direct: true}
+	f := newFile(t, 1<<20, o)
+	if n := made(f); n != 1 {
+		t.Errorf("the io_uring has made %d requests beside another", n)
+	}
+	alone := openFile(t, f.path, f.content, o)
+	alone.free()
+	if n := made(alone); n != 0 {
+		t.Errorf("the io_uring has made %d requests that were the only ones", n)
+	}
 }
 
 // each runs a test with each engine and alignment.
@@ -185,6 +222,7 @@ func TestManyGoroutines(t *testing.T) {
 	const size, block, goroutines = 8 << 20, 4096, 3 * ringEntries
 	each(t, func(t *testing.T, o Options) {
 		f := newFile(t, size, o)
+		f.free()
 		var all sync.WaitGroup
 		for g := range goroutines {
 			all.Go(func() {

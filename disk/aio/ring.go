@@ -26,7 +26,8 @@ const ringEntries = 128
 // ring is an io_uring that any number of goroutines use. One of those that wait for
 // a request, the leader, waits in the kernel and takes completions for all; the
 // others sleep until it wakes them. When its own request is done it hands over to
-// one of them. So one request alone costs one system call and wakes nobody.
+// one of them. A request that is the only one is made by the calling thread, which takes
+// the kernel less. So one request alone costs one system call and wakes nobody.
 //
 // Requests are given to the kernel together: who is about to do so lets other
 // goroutines run first, whose requests go along.
@@ -91,6 +92,13 @@ func (r *ring) do(op operation, fd int, v *vector, off int64) (int, error) {
 		r.mu.Unlock()
 		return 0, os.ErrClosed
 	}
+	if len(r.free) == ringEntries {
+		s := r.take()
+		r.mu.Unlock()
+		n, err := moveHere(op, fd, v, off)
+		r.end(s)
+		return n, err
+	}
 	s := r.begin(v)
 	r.push(s.index, op, fd, v, off)
 	switch {
@@ -115,10 +123,16 @@ func (r *ring) do(op operation, fd int, v *vector, off int64) (int, error) {
 	return int(result), nil
 }
 
-// begin takes a slot. Preconditions: mu is held; one is free.
-func (r *ring) begin(v *vector) *slot {
+// take takes a slot. Preconditions: mu is held; one is free.
+func (r *ring) take() *slot {
 	s := r.free[len(r.free)-1]
 	r.free = r.free[:len(r.free)-1]
+	return s
+}
+
+// begin begins a request. Preconditions: mu is held; a slot is free.
+func (r *ring) begin(v *vector) *slot {
+	s := r.take()
 	s.vector, s.done = v, false
 	s.older, s.newer = r.last, nil
 	if r.last != nil {

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"math/bits"
+	"slices"
 	"sync"
 	"time"
 
@@ -10,23 +11,41 @@ import (
 
 // Buffers come in powers of two from 1<<minClass to maxPayload bytes. Those of more than
 // 1<<maxPooled are not the garbage collector's, which would keep them for minutes: they
-// are mapped, and those that are not used are unmapped soon.
+// are parts of chunks.
 const (
 	minClass  = 12
 	maxPooled = 16
-	maxClass  = 25
 
-	// maxSpare is how many bytes of mapped buffers are kept for the next request, and
+	// chunkSize is what a chunk has at least: a huge page.
+	chunkSize = 2 << 20
+	// chunkParts is how many parts a chunk is divided into at most.
+	chunkParts = chunkSize >> (maxPooled + 1)
+
+	// maxSpare is how many bytes of unused chunks are kept for the next request, and
 	// spareTime how long about.
 	maxSpare  = 64 << 20
 	spareTime = time.Second
 )
 
-type buffer struct{ bytes []byte }
+type buffer struct {
+	bytes []byte
+	chunk *chunk // or nil
+	parts uint16 // of the chunk, a bit for each
+}
+
+// chunk is mapped memory of which there is a buffer, or several small ones. It lies in
+// huge pages where the kernel has them: what lies in few pieces takes a disk less.
+type chunk struct {
+	mapping []byte
+	bytes   []byte // of mapping, those in use
+	buffers [chunkParts]buffer
+	used    uint16 // parts, a bit for each
+	lately  bool   // used since the last trim
+}
 
 var (
 	pools [maxPooled - minClass + 1]sync.Pool // of *buffer
-	large spares
+	large chunks
 )
 
 func bufferClass(n int) int {
@@ -41,62 +60,85 @@ func bufferSize(n int) int64 { return 1 << (bufferClass(n) + minClass) }
 func getBuffer(n int) *buffer {
 	class := bufferClass(n)
 	if class >= len(pools) {
-		return large.get(class)
+		return large.get(1 << (class + minClass))
 	}
 	if b, ok := pools[class].Get().(*buffer); ok {
 		return b
 	}
-	return &buffer{make([]byte, 1<<(class+minClass))}
+	return &buffer{bytes: make([]byte, 1<<(class+minClass))}
 }
 
 // putBuffer takes a buffer back, of which nothing is used any more.
 func putBuffer(b *buffer) {
-	class := bufferClass(len(b.bytes))
-	if class >= len(pools) {
-		large.put(class, b)
+	if b.chunk != nil {
+		large.put(b)
 		return
 	}
-	pools[class].Put(b)
+	pools[bufferClass(len(b.bytes))].Put(b)
 }
 
-// spares are mapped buffers that are not used.
-type spares struct {
+// chunks are those there are.
+type chunks struct {
 	mu      sync.Mutex
-	all     [maxClass - minClass + 1][]*buffer // guarded by mu
-	least   [maxClass - minClass + 1]int       // how many there were of each lately, at least; guarded by mu
-	bytes   int64                              // guarded by mu
-	ticking bool                               // trim will be called; guarded by mu
+	all     []*chunk // guarded by mu
+	spare   int      // bytes of those that are not used; guarded by mu
+	ticking bool     // trim will be called; guarded by mu
 }
 
-func (s *spares) get(class int) *buffer {
-	s.mu.Lock()
-	if last := len(s.all[class]) - 1; last >= 0 {
-		b := s.all[class][last]
-		s.all[class][last] = nil
-		s.all[class] = s.all[class][:last]
-		s.least[class] = min(s.least[class], last)
-		s.bytes -= int64(len(b.bytes))
-		s.mu.Unlock()
-		return b
-	}
-	s.mu.Unlock()
-	size := 1 << (class + minClass)
-	bytes, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		bytes = make([]byte, size) // too many mappings; unmapping it fails, and it is collected
-	}
-	return &buffer{bytes}
-}
-
-func (s *spares) put(class int, b *buffer) {
+// get returns a buffer of size bytes.
+func (s *chunks) get(size int) *buffer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.bytes+int64(len(b.bytes)) > maxSpare {
-		_ = unix.Munmap(b.bytes)
+	whole := max(size, chunkSize)
+	for _, c := range s.all { // the first, so that others become unused
+		if len(c.bytes) != whole {
+			continue
+		}
+		wasSpare := c.used == 0
+		if b := c.cut(size); b != nil {
+			if wasSpare {
+				s.spare -= whole
+			}
+			return b
+		}
+	}
+	c := newChunk(whole)
+	s.all = append(s.all, c)
+	return c.cut(size)
+}
+
+// cut returns a buffer of size bytes, or nil: there is no room. Preconditions: mu is held.
+func (c *chunk) cut(size int) *buffer {
+	count := chunkParts * size / len(c.bytes)
+	for first := 0; first < chunkParts; first += count {
+		parts := uint16((1<<count - 1) << first)
+		if c.used&parts != 0 {
+			continue
+		}
+		c.used |= parts
+		c.lately = true
+		start := first * len(c.bytes) / chunkParts
+		b := &c.buffers[first]
+		*b = buffer{c.bytes[start : start+size : start+size], c, parts}
+		return b
+	}
+	return nil
+}
+
+func (s *chunks) put(b *buffer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := b.chunk
+	c.used &^= b.parts
+	if c.used != 0 {
 		return
 	}
-	s.all[class] = append(s.all[class], b)
-	s.bytes += int64(len(b.bytes))
+	if s.spare+len(c.bytes) > maxSpare {
+		c.unmap()
+		s.all = slices.DeleteFunc(s.all, func(other *chunk) bool { return other == c })
+		return
+	}
+	s.spare += len(c.bytes)
 	if !s.ticking {
 		s.ticking = true
 		time.AfterFunc(spareTime, s.trim)
@@ -104,20 +146,35 @@ func (s *spares) put(class int, b *buffer) {
 }
 
 // trim unmaps those that were not used since the last time.
-func (s *spares) trim() {
+func (s *chunks) trim() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for class := range s.all {
-		unused := s.all[class][:s.least[class]]
-		for i, b := range unused {
-			s.bytes -= int64(len(b.bytes))
-			_ = unix.Munmap(b.bytes)
-			unused[i] = nil
+	s.all = slices.DeleteFunc(s.all, func(c *chunk) bool {
+		unused := c.used == 0 && !c.lately
+		c.lately = false
+		if unused {
+			s.spare -= len(c.bytes)
+			c.unmap()
 		}
-		s.all[class] = append(s.all[class][:0], s.all[class][len(unused):]...)
-		s.least[class] = len(s.all[class])
-	}
-	if s.ticking = s.bytes > 0; s.ticking {
+		return unused
+	})
+	if s.ticking = s.spare > 0; s.ticking {
 		time.AfterFunc(spareTime, s.trim)
+	}
+}
+
+func newChunk(size int) *chunk {
+	mapping, err := unix.Mmap(-1, 0, size+chunkSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return &chunk{bytes: make([]byte, size)} // too many mappings
+	}
+	c := &chunk{mapping: mapping, bytes: mapping[toHugePage(mapping):][:size:size]}
+	_ = unix.Madvise(c.bytes, unix.MADV_HUGEPAGE) // a kernel without them maps small ones
+	return c
+}
+
+func (c *chunk) unmap() {
+	if c.mapping != nil {
+		_ = unix.Munmap(c.mapping)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,6 +32,8 @@ const (
 	// quickDelay is how long they wait at most where a request takes longer than
 	// was thought.
 	quickDelay = time.Millisecond
+	// yieldTime is how long the reader goes on before it lets others run; see yield.
+	yieldTime = 8 * time.Millisecond
 )
 
 // connection is a client of a Server.
@@ -38,6 +41,7 @@ type connection struct {
 	server *Server
 	conn   net.Conn
 	stream net.Conn // conn, or TLS over it
+	socket *socket  // what conn was, once there are requests, or nil; set under mu
 	in     *bufio.Reader
 
 	// What was negotiated.
@@ -54,6 +58,7 @@ type connection struct {
 	alone   int   // requests lately that were the client's only one
 	out     *sender
 	unsent  int           // replies that the reader has not flushed
+	yielded time.Time     // when the reader has let others run last
 	late    *time.Timer   // flushes them, should the reader be held up
 	work    chan *request // for workers; its capacity is maxRequests
 	workers int           // how many the reader has started
@@ -99,6 +104,9 @@ func (c *connection) enter(x *exported) bool {
 // run serves the client until it leaves. Its error is nil if it left properly.
 func (c *connection) run() error {
 	err := c.negotiate()
+	if c.socket != nil {
+		defer c.socket.close()
+	}
 	if c.export != nil {
 		defer c.server.leave(c.export, c)
 	}
@@ -113,7 +121,7 @@ func (c *connection) run() error {
 		failure = err
 		c.hangUp()
 	})
-	c.out.moves, c.out.turns = c.moves, &c.turns
+	c.out.socket, c.out.moves, c.out.turns = c.socket, c.moves, &c.turns
 	c.late = time.AfterFunc(time.Hour, c.out.flush)
 	defer c.late.Stop()
 	c.work = make(chan *request, maxRequests)
@@ -134,20 +142,39 @@ func (c *connection) run() error {
 	return errors.Join(err, failure)
 }
 
+// source reads what a connection receives.
+type source struct{ *connection }
+
+func (s source) Read(p []byte) (int, error) {
+	if s.socket != nil {
+		return s.socket.Read(p)
+	}
+	return s.stream.Read(p)
+}
+
+// useSocket goes on without Go's poller, if it can.
+func (c *connection) useSocket() (err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	select {
+	case <-c.gone:
+		return net.ErrClosed
+	default:
+	}
+	if !c.encrypted {
+		c.socket, err = newSocket(c.conn)
+	}
+	return err
+}
+
 // receive takes requests until the client disconnects.
 func (c *connection) receive() error {
 	for {
 		if c.in.Buffered() < requestSize || c.unsent >= quickReplies {
 			c.flush()
 		}
-		var wait time.Time
-		if c.ring != nil {
-			wait = time.Now()
-		}
+		c.yield()
 		raw, err := c.in.Peek(requestSize)
-		if c.ring != nil {
-			c.ring.look(time.Since(wait))
-		}
 		if err == io.EOF && len(raw) == 0 {
 			return nil // not what the protocol wants, but what clients do
 		}
@@ -166,6 +193,9 @@ func (c *connection) receive() error {
 		}
 		if _, err := c.in.Discard(requestSize); err != nil {
 			return err
+		}
+		if c.ring != nil {
+			c.ring.look(h)
 		}
 		if err := c.accept(h); err != nil {
 			return err
@@ -208,6 +238,9 @@ func (c *connection) accept(h header) error {
 			c.late.Reset(quickDelay)
 		}
 		r.do()
+		if c.alone >= minAlone && c.socket.pending() {
+			c.alone = 0
+		}
 		c.out.add(r)
 		c.unsent++
 		return nil
@@ -245,11 +278,23 @@ func (c *connection) isQuick(h header) bool {
 	}
 	switch {
 	case h.command == cmdRead:
-		return c.readTime.Load() < int64(quickRead)
+		return c.alone >= minAlone || c.readTime.Load() < int64(quickRead)
 	case h.command == cmdWrite && h.flags&cmdFUA == 0:
-		return c.writeTime.Load() < int64(quickWrite)
+		return c.alone >= minAlone || c.writeTime.Load() < int64(quickWrite)
 	}
 	return false
+}
+
+// yield lets other goroutines run, now and then. From one that has made nothing but system
+// calls for 10 ms, Go takes its processor away during each, and wakes a thread for that.
+func (c *connection) yield() {
+	if c.socket == nil {
+		return
+	}
+	if now := time.Now(); now.Sub(c.yielded) > yieldTime {
+		c.yielded = now
+		runtime.Gosched()
+	}
 }
 
 // observe takes how long a request of at most quickLength took into account.

@@ -43,7 +43,10 @@ func (c *connection) negotiate() error {
 			return err
 		}
 	}
-	return c.conn.SetDeadline(time.Time{})
+	if err := c.conn.SetDeadline(time.Time{}); err != nil {
+		return err
+	}
+	return c.useSocket()
 }
 
 // option reads one option and answers it.
@@ -336,5 +339,5 @@ func (d *decoder) text() string {
 // use sends and receives by conn from now on.
 func (c *connection) use(conn net.Conn) {
 	c.stream = conn
-	c.in = bufio.NewReaderSize(conn, 64<<10)
+	c.in = bufio.NewReaderSize(source{c}, 64<<10)
 }

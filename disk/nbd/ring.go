@@ -4,7 +4,6 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -12,13 +11,10 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
 
-// A client that has one request at a time is served without the ring, whose goroutine
-// would take as long to wake as another that does the request.
-const (
-	minAlone = 16 // requests after which a client is thought to be such
-	// comesLater is how long such a client takes at least for its next request.
-	comesLater = 4 * time.Microsecond
-)
+// A client that has one request at a time is served without the ring, by the reader: to
+// wake another goroutine takes as long as the request. It is thought to be such after
+// minAlone requests.
+const minAlone = 16
 
 // ring begins small reads and writes of a disk past the page cache by an io_uring: the
 // connection's reader begins them, and one goroutine hears of their ends. So they cost no
@@ -90,10 +86,17 @@ func (g *ring) refused(r *request) {
 	}
 }
 
-// look looks at a client whose next request took so long to come.
-func (g *ring) look(waited time.Duration) {
+// look looks at a client whose next request is h.
+func (g *ring) look(h header) {
 	c := g.client
-	if waited < comesLater || g.underWay.Load() > 0 || c.working.Load() > 0 || c.in.Buffered() >= 2*requestSize {
+	if c.socket == nil { // so nothing would tell of requests behind one that the reader does
+		return
+	}
+	behind := c.in.Buffered()
+	if h.command == cmdWrite {
+		behind -= int(h.length)
+	}
+	if g.underWay.Load() > 0 || c.working.Load() > 0 || behind >= requestSize {
 		c.alone = 0
 	} else {
 		c.alone++

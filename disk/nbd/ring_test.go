@@ -24,7 +24,15 @@ type direct struct {
 	*raw.Node
 	started atomic.Int64
 	ends    chan error
-	ended   func() // after an end that is not the ring's
+	ended   func()                 // after an end that is not the ring's
+	reads   atomic.Pointer[func()] // called before a read that is not the ring's
+}
+
+func (d *direct) Readv(bufs [][]byte, off int64) error {
+	if before := d.reads.Load(); before != nil {
+		(*before)()
+	}
+	return d.Node.Readv(bufs, off)
 }
 
 func (d *direct) Start(r *block.Request, _ block.Node) bool {
@@ -105,6 +113,86 @@ func TestRing(t *testing.T) {
 	}
 	if n := d.started.Load(); n < parts*steps/10 {
 		t.Errorf("%d of %d requests were begun by the ring", n, parts*steps)
+	}
+}
+
+// Who has one request at a time is served without the ring, until there are more.
+func TestOneAtATime(t *testing.T) {
+	d := newDirect(t, 1<<20)
+	_, address := serve(t, ServerOptions{}, Export{Name: "a", Node: d})
+	c := use(t, address, "a", ClientOptions{})
+	began := func(do func()) int64 {
+		before := d.started.Load()
+		do()
+		return d.started.Load() - before
+	}
+	oneByOne := func(count int) func() {
+		return func() {
+			for i := range count {
+				move := []func([][]byte, int64) error{c.Readv, c.Writev}[i%2]
+				if err := move([][]byte{make([]byte, 4096)}, int64(i%256*4096)); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	}
+	several := func() {
+		var users sync.WaitGroup
+		for range 8 {
+			users.Go(oneByOne(200))
+		}
+		users.Wait()
+	}
+	if n := began(oneByOne(minAlone)); n < minAlone/2 {
+		t.Errorf("%d of the first requests were begun by the ring", n)
+	}
+	for range 3 {
+		if n := began(several); n < 400 {
+			t.Errorf("%d of 1600 requests, several at a time, were begun by the ring", n)
+		}
+		_ = began(oneByOne(2 * minAlone))
+		if n := began(oneByOne(400)); n > 0 {
+			t.Errorf("%d of 400 requests, one by one, were begun by the ring", n)
+		}
+	}
+}
+
+// A request that has come while the reader did another ends that.
+func TestNotOneAtATime(t *testing.T) {
+	d := newDirect(t, 1<<20)
+	_, address := serve(t, ServerOptions{}, Export{Name: "a", Node: d})
+	w := newWire(t, address)
+	w.enter("a", false)
+	read := header{command: cmdRead, length: 4096}
+	answered := func() {
+		if code, _ := w.simple(); code != 0 {
+			t.Errorf("error %d", code)
+		}
+		w.read(4096)
+	}
+	for range 2 * minAlone {
+		w.request(read)
+		answered()
+	}
+	before := d.started.Load()
+	begun, end := make(chan bool), make(chan bool)
+	hold := func() {
+		begun <- true
+		<-end
+	}
+	d.reads.Store(&hold)
+	w.request(read)
+	<-begun
+	d.reads.Store(nil)
+	w.request(read)
+	if n := d.started.Load() - before; n > 0 {
+		t.Errorf("%d requests were begun by the ring where there was one", n)
+	}
+	end <- true
+	answered()
+	answered()
+	if n := d.started.Load() - before; n != 1 {
+		t.Errorf("%d requests were begun by the ring, the second alone should be", n)
 	}
 }
 

@@ -126,6 +126,12 @@ func (c *connection) moves() { c.moved.Store(time.Now().UnixNano()) }
 
 // hangUp closes the connection. It may be called again.
 func (c *connection) hangUp() {
-	c.conn.Close()
 	c.closing.Do(func() { close(c.gone) })
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.socket != nil {
+		c.socket.hangUp()
+	} else {
+		c.conn.Close()
+	}
 }

@@ -68,7 +68,7 @@ func TestRoomOfAll(t *testing.T) {
 	eventually(t, "memory is given back", func() bool {
 		large.mu.Lock()
 		defer large.mu.Unlock()
-		return large.bytes == 0
+		return large.spare == 0
 	})
 }
 

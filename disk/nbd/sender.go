@@ -21,6 +21,7 @@ type packet interface {
 // goroutine waits for another's packet to go out.
 type sender struct {
 	conn    net.Conn
+	socket  *socket       // in conn's place, or nil
 	buffer  *bufio.Writer // for TLS, which has no vectored writes, or nil
 	failing func(error)   // called once, when sending fails
 
@@ -132,8 +133,7 @@ func (s *sender) send() error {
 func (s *sender) sendParts() error {
 	for rest := (stretch{bufs: s.parts}); len(rest.bufs) > 0; {
 		s.piece = rest.next(s.piece[:0], stride)
-		s.vectors = s.piece
-		if _, err := s.vectors.WriteTo(s.conn); err != nil {
+		if err := s.sendPiece(); err != nil {
 			return err
 		}
 		if len(rest.bufs) > 0 && s.moves != nil {
@@ -142,4 +142,13 @@ func (s *sender) sendParts() error {
 	}
 	clear(s.piece)
 	return nil
+}
+
+func (s *sender) sendPiece() error {
+	if s.socket != nil {
+		return s.socket.writev(s.piece)
+	}
+	s.vectors = s.piece
+	_, err := s.vectors.WriteTo(s.conn)
+	return err
 }
