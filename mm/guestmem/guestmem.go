@@ -35,6 +35,8 @@ type Region struct {
 	guest  []byte // the guest's mapping
 	// dirty has a bit for each page a device wrote; nil while not tracking.
 	dirty atomic.Pointer[[]atomic.Uint64]
+	// gathered has for each huge page how often Gather has tried to make it one.
+	gathered []atomic.Uint32
 }
 
 // Bytes is the whole region in the host's mapping. Whoever goes past Slice and
@@ -56,6 +58,8 @@ type Memory struct {
 	size    uint64
 	pagers  pagers
 	pins    pins
+
+	gathering gathering
 }
 
 // New maps memory of the given ranges, ascending and disjoint, on one sealed
@@ -93,12 +97,15 @@ func New(ranges []Range) (*Memory, error) {
 		region := &Region{Range: r, Offset: offset}
 		m.regions = append(m.regions, region)
 		for _, mapping := range []*[]byte{&region.bytes, &region.guest} {
-			b, err := unix.Mmap(fd, int64(offset), int(r.Size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
+			b, err := mapShared(fd, int64(offset), r.Size)
 			if err != nil {
 				m.Close()
 				return nil, fmt.Errorf("map %d bytes of guest memory: %w", r.Size, err)
 			}
 			*mapping = b
+		}
+		if offset%HugePage == 0 {
+			region.gathered = make([]atomic.Uint32, r.Size/HugePage)
 		}
 		offset += r.Size
 	}
@@ -120,7 +127,7 @@ func (m *Memory) Close() error {
 	for _, r := range m.regions {
 		for _, mapping := range []*[]byte{&r.bytes, &r.guest} {
 			if *mapping != nil {
-				errs = append(errs, unix.Munmap(*mapping))
+				errs = append(errs, unmap(*mapping))
 				*mapping = nil
 			}
 		}

@@ -32,6 +32,9 @@ type blkLanes struct {
 	handed atomic.Int32 // requests that goroutines have
 }
 
+// gatherBytes is what a request has at least whose memory is gathered.
+const gatherBytes = 256 << 10
+
 // blkLane is what a request has while it is under way.
 type blkLane struct {
 	blkQueue
@@ -155,6 +158,9 @@ func (lane *blkLane) start() bool {
 	if !ok {
 		return false
 	}
+	if lane.bytes >= gatherBytes {
+		lane.gather()
+	}
 	lane.began = time.Now()
 	r.Bufs, r.Off, r.Ring = lane.bufs, off, lane.lanes.ring
 	r.Enter(lane, 0)
@@ -163,6 +169,17 @@ func (lane *blkLane) start() bool {
 	}
 	r.Leave()
 	return false
+}
+
+// gather has a large request's memory lie in huge pages, so that the disk gets it in a
+// few pieces, this time or the next.
+func (lane *blkLane) gather() {
+	mem := lane.lanes.queue.mem
+	for _, bufs := range [2][]Buffer{lane.chain.Read, lane.chain.Write} {
+		for i := range bufs {
+			mem.Gather(bufs[i].GPA, uint64(len(bufs[i].Data)))
+		}
+	}
 }
 
 // Ended implements block.Ender: the worker's ring has done the request.

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -18,6 +20,7 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk/block"
 	"github.com/gnomon-vmm/gnomon/disk/qcow2"
 	"github.com/gnomon-vmm/gnomon/disk/raw"
+	"github.com/gnomon-vmm/gnomon/mm/guestmem"
 )
 
 // waitingNode is a node whose requests wait for a device, which the test plays.
@@ -614,6 +617,61 @@ func (g *laneGuest) model(disk block.Node) {
 	}
 	if g.drv.hasUsed() || len(g.drv.chains) != 0 {
 		g.t.Errorf("%d requests are under way", len(g.drv.chains))
+	}
+}
+
+// What a disk reads and writes directly, in large requests, comes to lie in huge pages.
+func TestBlkGathersMemory(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, pattern(1<<20, 7), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	disk, err := raw.OpenWith(path, false, raw.Options{Direct: true, Engine: aio.IOUring})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer disk.Close()
+	blk, err := NewBlk(BlkConfig{Node: block.NewRoot(disk), Depth: 16})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &laneGuest{&blkGuest{guest: newGuest(t, blk), blk: blk}, nil}
+	g.boot(allFeatures)
+	defer g.pci.Close()
+	memory := g.mem.Regions()[0].Bytes()
+	copy(memory[g.heap:], pattern(len(memory), 1)) // it is there
+	huge := func() (bytes int) {
+		smaps, err := os.ReadFile("/proc/self/smaps")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(smaps)) {
+			var kib int
+			if n, _ := fmt.Sscanf(line, "ShmemPmdMapped: %d kB", &kib); n == 1 {
+				bytes += kib << 10
+			}
+		}
+		return bytes
+	}
+	before := huge()
+	for _, n := range []int{gatherBytes / 2, gatherBytes} {
+		want := pattern(n, byte(n>>10))
+		if status, _ := g.request(blkOut, 0, want, false); status != blkOK {
+			t.Errorf("status %d of a write", status)
+		}
+		if status, got := g.request(blkIn, 0, make([]byte, n), true); status != blkOK || !bytes.Equal(got, want) {
+			t.Errorf("status %d of a read, or other data", status)
+		}
+		gathered := huge() - before
+		if n < gatherBytes && gathered != 0 {
+			t.Errorf("requests of %d bytes have gathered %d", n, gathered)
+		}
+		if n >= gatherBytes && gathered == 0 {
+			if err := unix.Madvise(memory[:guestmem.HugePage], unix.MADV_COLLAPSE); err == unix.EINVAL {
+				t.Skip("MADV_COLLAPSE of shared memory (Linux 6.1)")
+			}
+			t.Errorf("requests of %d bytes have gathered nothing", n)
+		}
 	}
 }
 

@@ -1,0 +1,46 @@
+package guestmem
+
+import (
+	"errors"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// mapShared maps size bytes of a memfd where huge pages can be.
+func mapShared(fd int, offset int64, size uint64) ([]byte, error) {
+	// What is around is given back.
+	space, err := unix.MmapPtr(-1, 0, nil, uintptr(size)+HugePage, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	if err != nil {
+		return nil, err
+	}
+	before := -uintptr(space) & (HugePage - 1)
+	start := unsafe.Add(space, before)
+	if _, err = unix.MmapPtr(fd, offset, start, uintptr(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE|unix.MAP_FIXED); err != nil {
+		return nil, errors.Join(err, unix.MunmapPtr(space, uintptr(size)+HugePage))
+	}
+	if before > 0 {
+		err = unix.MunmapPtr(space, before)
+	}
+	if after := HugePage - before; after > 0 {
+		err = errors.Join(err, unix.MunmapPtr(unsafe.Add(start, size), after))
+	}
+	return unsafe.Slice((*byte)(start), size), err
+}
+
+func unmap(b []byte) error {
+	return unix.MunmapPtr(unsafe.Pointer(unsafe.SliceData(b)), uintptr(len(b)))
+}
+
+// resident is how many pages of b, a huge page, the host has.
+func resident(b []byte) (count int) {
+	var pages [HugePage / PageSize]byte
+	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), uintptr(unsafe.Pointer(&pages)))
+	if errno != 0 {
+		return 0
+	}
+	for _, p := range pages {
+		count += int(p & 1)
+	}
+	return count
+}

@@ -1,0 +1,69 @@
+package guestmem
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// HugePage is how many bytes a huge page of the host has.
+const HugePage = 2 << 20
+
+const (
+	// gatherTries is how often it is tried to have memory lie in one huge page.
+	gatherTries = 8
+	// gatherShare is the part of the time that gathering may take, and gatherBurst how
+	// much it may take at once.
+	gatherShare = 50
+	gatherBurst = 200 * time.Millisecond
+)
+
+// gathering is what is known of how memory lies in huge pages.
+type gathering struct {
+	mu     sync.Mutex
+	last   time.Time     // when budget was right; guarded by mu
+	budget time.Duration // guarded by mu
+}
+
+// Gather has the n bytes from gpa on, which lie in one region, lie in huge pages from now
+// on, where the host has at least half of their pages anyway. It is for what a disk reads
+// and writes directly: the kernel gives it each small page by itself. Where it is not
+// possible nothing happens.
+func (m *Memory) Gather(gpa, n uint64) {
+	r := m.find(gpa)
+	if r == nil || r.gathered == nil || n == 0 {
+		return
+	}
+	first := (gpa - r.GPA) / HugePage
+	last := (gpa - r.GPA + min(n, r.End()-gpa) - 1) / HugePage
+	for i := first; i <= last && i < uint64(len(r.gathered)); i++ {
+		if tries := &r.gathered[i]; tries.Load() < gatherTries {
+			m.gathering.gather(m, tries, r.bytes[i*HugePage:][:HugePage])
+		}
+	}
+}
+
+// gather is Gather of one huge page.
+func (g *gathering) gather(m *Memory, tries *atomic.Uint32, b []byte) {
+	if m.pagers.list.Load() != nil || !g.mu.TryLock() { // a page that is not there may not be a hole
+		return
+	}
+	defer g.mu.Unlock()
+	begin := time.Now()
+	g.budget = min(gatherBurst, g.budget+begin.Sub(g.last)/gatherShare)
+	g.last = begin
+	if g.budget <= 0 || resident(b) < HugePage/PageSize/2 {
+		return
+	}
+	// The kernel copies the pages while nobody can use them. It cannot while a disk
+	// does: EAGAIN.
+	switch unix.Madvise(b, unix.MADV_COLLAPSE) {
+	case unix.EAGAIN, unix.EBUSY, unix.ENOMEM:
+		tries.Add(1)
+	default: // also EINVAL: it cannot
+		tries.Store(gatherTries)
+	}
+	g.budget -= time.Since(begin)
+}
