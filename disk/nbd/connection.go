@@ -211,17 +211,16 @@ func (c *connection) accept(h header) error {
 	}
 	r.refusal = c.check(h)
 	if h.command == cmdWrite {
+		if c.in.Buffered() < int(h.length) {
+			c.flush() // nobody waits for the rest of what another sends
+		}
 		if r.refusal != nil {
-			c.submit()
 			if _, err := c.in.Discard(int(h.length)); err != nil {
 				c.end(r)
 				return err
 			}
 		} else {
 			r.data = getBuffer(int(h.length))
-			if c.in.Buffered() < int(h.length) {
-				c.submit()
-			}
 			if err := c.receiveInto(r.data.bytes[:h.length]); err != nil {
 				c.end(r)
 				return err

@@ -14,11 +14,44 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
+
+// A reply does not wait for the payload of a request behind.
+func TestRepliesAreNotHeldBack(t *testing.T) {
+	_, address := serve(t, ServerOptions{}, Export{Node: newMemory(4 << 20)})
+	w := newWire(t, address)
+	w.enter("", false)
+	read := header{command: cmdRead, length: 4096}
+	for range 40 { // so that the server knows how quick they are
+		w.request(read)
+		w.simple()
+		w.read(4096)
+	}
+	for _, off := range []uint64{0, 4 << 20} { // one is done, one is refused
+		write := make([]byte, requestSize, requestSize+100)
+		(&header{command: cmdWrite, cookie: 78, offset: off, length: 1 << 20}).put(write)
+		read.cookie = 77
+		w.request(read, append(write, make([]byte, 100)...)...)
+		if err := w.conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if code, cookie := w.simple(); code != 0 || cookie != 77 {
+			t.Errorf("error %d of request %d", code, cookie)
+		}
+		w.read(4096)
+		if _, err := w.conn.Write(make([]byte, 1<<20-100)); err != nil {
+			t.Fatal(err)
+		}
+		if code, cookie := w.simple(); (code != 0) != (off > 0) || cookie != 78 {
+			t.Errorf("error %d of request %d", code, cookie)
+		}
+	}
+}
 
 // wire is a client that does as it is told.
 type wire struct {

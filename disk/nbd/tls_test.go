@@ -3,9 +3,11 @@ package nbd
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -20,7 +22,7 @@ import (
 
 // credentials makes a directory of an authority, and of a server and a client
 // that it has signed.
-func credentials(t *testing.T) string {
+func credentials(t *testing.T, newKey func() (crypto.Signer, error)) string {
 	t.Helper()
 	dir := t.TempDir()
 	write := func(name, kind string, data []byte) {
@@ -29,9 +31,9 @@ func credentials(t *testing.T) string {
 		}
 	}
 	var authority *x509.Certificate
-	var authorityKey *ecdsa.PrivateKey
+	var authorityKey crypto.Signer
 	for serial, name := range []string{"ca", "server", "client"} {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		key, err := newKey()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -52,7 +54,7 @@ func credentials(t *testing.T) string {
 		case "client":
 			c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
 		}
-		signed, err := x509.CreateCertificate(rand.Reader, c, authority, &key.PublicKey, authorityKey)
+		signed, err := x509.CreateCertificate(rand.Reader, c, authority, key.Public(), authorityKey)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -66,8 +68,19 @@ func credentials(t *testing.T) string {
 	return dir
 }
 
+func ecdsaKey() (crypto.Signer, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) }
+
+// rsaKey is a key as certtool makes them, which QEMU's documentation uses.
+func rsaKey() (crypto.Signer, error) { return rsa.GenerateKey(rand.Reader, 2048) }
+
 func TestTLS(t *testing.T) {
-	dir := credentials(t)
+	for name, newKey := range map[string]func() (crypto.Signer, error){"ECDSA": ecdsaKey, "RSA": rsaKey} {
+		t.Run(name, func(t *testing.T) { testTLS(t, credentials(t, newKey)) })
+	}
+}
+
+func testTLS(t *testing.T, dir string) {
+	t.Helper()
 	config, err := ServerTLS(dir, true)
 	if err != nil {
 		t.Fatal(err)
@@ -112,7 +125,7 @@ func TestTLS(t *testing.T) {
 }
 
 func TestTLSAtQEMUNbd(t *testing.T) {
-	dir := credentials(t)
+	dir := credentials(t, rsaKey)
 	image, socket := filepath.Join(t.TempDir(), "a.raw"), filepath.Join(t.TempDir(), "s")
 	if err := os.WriteFile(image, bytes.Repeat([]byte{5}, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
