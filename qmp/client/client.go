@@ -78,7 +78,7 @@ func Dial(ctx context.Context, addr string) (*Client, error) {
 	}
 	c := &Client{
 		addr: addr, conn: conn,
-		responses: make(chan []byte, 1), done: make(chan struct{}), subscribers: map[chan Event]bool{},
+		responses: make(chan []byte, 1+maxLate), done: make(chan struct{}), subscribers: map[chan Event]bool{},
 	}
 	go c.read()
 	if err := c.negotiate(ctx); err != nil {
@@ -88,19 +88,29 @@ func Dial(ctx context.Context, addr string) (*Client, error) {
 	return c, nil
 }
 
+// maxLate is how many responses to others may come before the greeting.
+const maxLate = 2
+
 func (c *Client) negotiate(ctx context.Context) error {
-	line, err := c.response(ctx)
-	if err != nil {
-		return err
-	}
 	var greeting struct {
 		QMP *struct {
 			Version      goqemu.Version
 			Capabilities []string
 		}
+		Return, Error json.RawMessage
 	}
-	if err := json.Unmarshal(line, &greeting); err != nil || greeting.QMP == nil {
-		return errors.New("the server does not speak QMP")
+	// QEMU may answer a command of the client before, which was killed, to us.
+	for late := 0; greeting.QMP == nil; late++ {
+		line, err := c.response(ctx)
+		if err != nil {
+			return err
+		}
+		greeting.Return, greeting.Error = nil, nil
+		err = json.Unmarshal(line, &greeting)
+		isLate := late < maxLate && (greeting.Return != nil || greeting.Error != nil)
+		if err != nil || greeting.QMP == nil && !isLate {
+			return errors.New("the server does not speak QMP")
+		}
 	}
 	c.Version, c.Capabilities = greeting.QMP.Version, greeting.QMP.Capabilities
 	return c.Execute(ctx, "qmp_capabilities", nil, nil)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -221,6 +222,38 @@ func TestImpatience(t *testing.T) {
 	}
 	if err := c.Execute(t.Context(), "query-status", nil, nil); !errors.Is(err, client.ErrConnection) {
 		t.Errorf("afterwards: %v", err)
+	}
+}
+
+// Responses to a client that was killed come before the greeting of the next one, not any number.
+func TestLateResponses(t *testing.T) {
+	for _, late := range []int{0, 1, 2, 3} {
+		addr := filepath.Join(t.TempDir(), "s")
+		l, err := net.Listen("unix", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			defer l.Close()
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			for i := range late {
+				fmt.Fprintln(conn, []string{`{"return": {}}`, `{"error": {"class": "GenericError", "desc": "x"}}`}[i%2])
+			}
+			fmt.Fprintln(conn, `{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}`)
+			fmt.Fprintln(conn, `{"return": {}}`)
+			_, _ = io.Copy(io.Discard, conn)
+		}()
+		c, err := client.Dial(t.Context(), addr)
+		if (err == nil) != (late <= 2) {
+			t.Errorf("%d late responses: %v", late, err)
+		}
+		if err == nil {
+			c.Close()
+		}
 	}
 }
 
