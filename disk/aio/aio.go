@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/internal/iovec"
 )
 
 // Engine is how requests get to the kernel.
@@ -161,11 +163,7 @@ func (f *File) write(bufs [][]byte, off, n int64) error {
 func (f *File) transfer(op operation, bufs [][]byte, off int64) (int64, error) {
 	done, skip := int64(0), 0
 	for {
-		for len(bufs) > 0 && skip >= len(bufs[0]) {
-			skip -= len(bufs[0])
-			bufs = bufs[1:]
-		}
-		if len(bufs) == 0 {
+		if bufs, skip = iovec.Rest(bufs, skip); len(bufs) == 0 {
 			return done, nil
 		}
 		got, err := f.move(op, bufs, skip, off+done)

@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/internal/iovec"
 )
 
 // Ring is an io_uring of one goroutine, which begins requests of any number of files and
@@ -67,7 +68,7 @@ func (r *Ring) Start(q *block.Request, fd int) bool {
 			buffers, last = buffers+1, i
 		}
 	}
-	if buffers == 0 || buffers > maxVectors {
+	if buffers == 0 || buffers > iovec.Max {
 		return false
 	}
 	r.unpushed = true

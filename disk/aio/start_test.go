@@ -254,10 +254,6 @@ func TestRingMissesNoEnd(t *testing.T) {
 	defer other.Wait()
 	defer turn.Store(rounds)
 	pause := func(rng *rand.Rand, atLeast time.Duration) {
-		if atLeast > time.Millisecond/4 { // the other side has no processor of its own
-			time.Sleep(atLeast)
-			return
-		}
 		for end := time.Now().Add(atLeast + time.Duration(rng.IntN(10))*time.Microsecond); time.Now().Before(end); {
 		}
 	}
@@ -283,6 +279,15 @@ func TestRingMissesNoEnd(t *testing.T) {
 		}
 		r.Submit()
 		turn.Store(n + 1)
+		if n%64 == 0 { // also where the other side has no processor of its own
+			for !r.Ended() {
+				runtime.Gosched()
+			}
+			if !r.Arm() {
+				t.Fatalf("round %d: Arm does not tell of what has ended", n)
+			}
+			seen++
+		}
 		for r.Reap(); r.UnderWay() > 0; r.Reap() {
 			pause(rng, lead)
 			if r.Arm() {
@@ -291,7 +296,7 @@ func TestRingMissesNoEnd(t *testing.T) {
 				continue
 			}
 			slept++
-			lead += 2 * time.Microsecond
+			lead = min(lead+2*time.Microsecond, 100*time.Microsecond)
 			patience := []unix.PollFd{{Fd: int32(r.event), Events: unix.POLLIN}}
 			for {
 				ready, err := unix.Poll(patience, 10000)

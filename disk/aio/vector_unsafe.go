@@ -1,18 +1,18 @@
 package aio
 
 import (
+	"math"
 	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-)
 
-// maxVectors is what one request takes (IOV_MAX).
-const maxVectors = 1024
+	"github.com/gnomon-vmm/gnomon/internal/iovec"
+)
 
 // vector is the kernel's form of a list of buffers. It keeps them alive.
 type vector struct {
-	list [maxVectors]unix.Iovec
+	list [iovec.Max]unix.Iovec
 	n    int
 }
 
@@ -21,19 +21,7 @@ var vectors = sync.Pool{New: func() any { return new(vector) }}
 // fill lists the bytes of bufs behind the first skip, which lie in bufs[0]; as many
 // buffers as there is room for.
 func (v *vector) fill(bufs [][]byte, skip int) {
-	v.n = 0
-	for _, b := range bufs {
-		b, skip = b[skip:], 0
-		if len(b) == 0 {
-			continue
-		}
-		if v.n == maxVectors {
-			break
-		}
-		v.list[v.n].Base = unsafe.SliceData(b)
-		v.list[v.n].SetLen(len(b))
-		v.n++
-	}
+	v.n = len(iovec.Append(v.list[:0], bufs, skip, math.MaxInt))
 }
 
 func (v *vector) release() {

@@ -6,10 +6,11 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/gnomon-vmm/gnomon/internal/passer"
 )
 
 // What a connection may have under way.
@@ -32,8 +33,6 @@ const (
 	// quickDelay is how long they wait at most where a request takes longer than
 	// was thought.
 	quickDelay = time.Millisecond
-	// yieldTime is how long the reader goes on before it lets others run; see yield.
-	yieldTime = 8 * time.Millisecond
 )
 
 // connection is a client of a Server.
@@ -58,7 +57,7 @@ type connection struct {
 	alone   int   // requests lately that were the client's only one
 	out     *sender
 	unsent  int           // replies that the reader has not flushed
-	yielded time.Time     // when the reader has let others run last
+	passer  passer.Passer // the reader's, which makes nothing but system calls
 	late    *time.Timer   // flushes them, should the reader be held up
 	work    chan *request // for workers; its capacity is maxRequests
 	workers int           // how many the reader has started
@@ -161,9 +160,7 @@ func (c *connection) useSocket() (err error) {
 		return net.ErrClosed
 	default:
 	}
-	if !c.encrypted {
-		c.socket, err = newSocket(c.conn)
-	}
+	c.socket, err = newSocket(c.stream)
 	return err
 }
 
@@ -173,7 +170,7 @@ func (c *connection) receive() error {
 		if c.in.Buffered() < requestSize || c.unsent >= quickReplies {
 			c.flush()
 		}
-		c.yield()
+		c.passer.Pass()
 		raw, err := c.in.Peek(requestSize)
 		if err == io.EOF && len(raw) == 0 {
 			return nil // not what the protocol wants, but what clients do
@@ -227,7 +224,7 @@ func (c *connection) accept(h header) error {
 			}
 		}
 	}
-	if c.ring != nil && r.refusal == nil && c.alone < minAlone && c.ring.start(r) {
+	if c.ring != nil && r.refusal == nil && !c.isAlone() && c.ring.start(r) {
 		c.started = true
 		return nil
 	}
@@ -237,7 +234,7 @@ func (c *connection) accept(h header) error {
 			c.late.Reset(quickDelay)
 		}
 		r.do()
-		if c.alone >= minAlone && c.socket.pending() {
+		if c.isAlone() && c.socket.pending() {
 			c.alone = 0
 		}
 		c.out.add(r)
@@ -277,23 +274,11 @@ func (c *connection) isQuick(h header) bool {
 	}
 	switch {
 	case h.command == cmdRead:
-		return c.alone >= minAlone || c.readTime.Load() < int64(quickRead)
+		return c.isAlone() || c.readTime.Load() < int64(quickRead)
 	case h.command == cmdWrite && h.flags&cmdFUA == 0:
-		return c.alone >= minAlone || c.writeTime.Load() < int64(quickWrite)
+		return c.isAlone() || c.writeTime.Load() < int64(quickWrite)
 	}
 	return false
-}
-
-// yield lets other goroutines run, now and then. From one that has made nothing but system
-// calls for 10 ms, Go takes its processor away during each, and wakes a thread for that.
-func (c *connection) yield() {
-	if c.socket == nil {
-		return
-	}
-	if now := time.Now(); now.Sub(c.yielded) > yieldTime {
-		c.yielded = now
-		runtime.Gosched()
-	}
 }
 
 // observe takes how long a request of at most quickLength took into account.

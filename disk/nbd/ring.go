@@ -78,6 +78,9 @@ func (g *ring) start(r *request) bool {
 	return false
 }
 
+// isAlone tells whether the client has one request at a time, of a disk past the page cache.
+func (c *connection) isAlone() bool { return c.alone >= minAlone }
+
 // refused has a request be as it was before start.
 func (g *ring) refused(r *request) {
 	if r.command == cmdRead {

@@ -150,7 +150,7 @@ func TestOneAtATime(t *testing.T) {
 		if n := began(several); n < 400 {
 			t.Errorf("%d of 1600 requests, several at a time, were begun by the ring", n)
 		}
-		_ = began(oneByOne(2 * minAlone))
+		oneByOne(2 * minAlone)()
 		if n := began(oneByOne(400)); n > 0 {
 			t.Errorf("%d of 400 requests, one by one, were begun by the ring", n)
 		}

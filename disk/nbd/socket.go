@@ -3,11 +3,14 @@ package nbd
 import (
 	"errors"
 	"io"
+	"math"
 	"net"
 	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/internal/iovec"
 )
 
 // socket is a connection whose reads and writes wait in the kernel, in the calling thread,
@@ -20,22 +23,18 @@ type socket struct {
 	hungUp bool // guarded by mu
 	closed bool // guarded by mu: fd is not ours any more
 
-	vector vector // of the one that writes
+	list []unix.Iovec // of the one that writes
 }
 
-// newSocket takes conn over, which is closed. It is nil where there is no socket that is
-// conn and nothing more.
+// newSocket takes conn over, which is closed. It is nil where conn is more than a socket of
+// the kernel's: TLS, say.
 func newSocket(conn net.Conn) (*socket, error) {
-	var source syscall.Conn
-	switch c := conn.(type) {
-	case *net.UnixConn:
-		source = c
-	case *net.TCPConn:
-		source = c
+	switch conn.(type) {
+	case *net.UnixConn, *net.TCPConn:
 	default:
 		return nil, nil
 	}
-	raw, err := source.SyscallConn()
+	raw, err := conn.(syscall.Conn).SyscallConn()
 	if err != nil {
 		return nil, err
 	}
@@ -48,8 +47,7 @@ func newSocket(conn net.Conn) (*socket, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The poller's use of it ends before it waits: both have the same flags.
-	conn.Close()
+	conn.Close() // first, since both are blocking from then on
 	if err := unix.SetNonblock(fd, false); err != nil {
 		return nil, errors.Join(err, unix.Close(fd))
 	}
@@ -74,24 +72,24 @@ func (s *socket) Read(p []byte) (int, error) {
 	}
 }
 
-// writev sends all of bufs. One goroutine at a time calls it.
+// writev sends all of bufs, and leaves it as it is. One goroutine at a time calls it.
 func (s *socket) writev(bufs [][]byte) error {
-	for rest := bufs; len(rest) > 0; {
-		rest = s.vector.fill(rest)
-		for s.vector.length() > 0 {
-			n, err := s.vector.send(s.fd)
-			switch {
-			case err == unix.EINTR:
-			case err != nil && s.isHungUp():
-				return net.ErrClosed
-			case err != nil:
-				return err
-			default:
-				s.vector.skip(n)
-			}
+	for skip := 0; ; {
+		if bufs, skip = iovec.Rest(bufs, skip); len(bufs) == 0 {
+			return nil
 		}
+		s.list = iovec.Append(s.list[:0], bufs, skip, math.MaxInt)
+		n, err := send(s.fd, s.list)
+		clear(s.list)
+		switch {
+		case err == unix.EINTR:
+		case err != nil && s.isHungUp():
+			return net.ErrClosed
+		case err != nil:
+			return err
+		}
+		skip += n
 	}
-	return nil
 }
 
 func (s *socket) isHungUp() bool {
@@ -115,5 +113,5 @@ func (s *socket) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
-	_ = unix.Close(s.fd)
+	_ = unix.Close(s.fd) // nothing of it is used any more
 }

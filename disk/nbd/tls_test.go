@@ -73,14 +73,16 @@ func ecdsaKey() (crypto.Signer, error) { return ecdsa.GenerateKey(elliptic.P256(
 // rsaKey is a key as certtool makes them, which QEMU's documentation uses.
 func rsaKey() (crypto.Signer, error) { return rsa.GenerateKey(rand.Reader, 2048) }
 
-func TestTLS(t *testing.T) {
+// eachKey runs a test with credentials of each kind of key.
+func eachKey(t *testing.T, test func(t *testing.T, dir string)) {
 	for name, newKey := range map[string]func() (crypto.Signer, error){"ECDSA": ecdsaKey, "RSA": rsaKey} {
-		t.Run(name, func(t *testing.T) { testTLS(t, credentials(t, newKey)) })
+		t.Run(name, func(t *testing.T) { test(t, credentials(t, newKey)) })
 	}
 }
 
+func TestTLS(t *testing.T) { eachKey(t, testTLS) }
+
 func testTLS(t *testing.T, dir string) {
-	t.Helper()
 	config, err := ServerTLS(dir, true)
 	if err != nil {
 		t.Fatal(err)
@@ -124,8 +126,9 @@ func testTLS(t *testing.T, dir string) {
 	}
 }
 
-func TestTLSAtQEMUNbd(t *testing.T) {
-	dir := credentials(t, rsaKey)
+func TestTLSAtQEMUNbd(t *testing.T) { eachKey(t, testTLSAtQEMUNbd) }
+
+func testTLSAtQEMUNbd(t *testing.T, dir string) {
 	image, socket := filepath.Join(t.TempDir(), "a.raw"), filepath.Join(t.TempDir(), "s")
 	if err := os.WriteFile(image, bytes.Repeat([]byte{5}, 1<<20), 0o600); err != nil {
 		t.Fatal(err)

@@ -16,14 +16,12 @@ import (
 
 	"github.com/gnomon-vmm/gnomon/disk/aio"
 	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/internal/iovec"
 )
 
 // sector is what virtual sizes are rounded up to; the file's missing tail
 // reads as zero.
 const sector = 512
-
-// maxVectors is what one preadv or pwritev takes (IOV_MAX).
-const maxVectors = 1024
 
 // Node is a raw disk.
 type Node struct {
@@ -180,11 +178,8 @@ type remainder struct {
 
 // behind is what is left of bufs behind the first done bytes.
 func behind(bufs [][]byte, done int64) remainder {
-	for len(bufs) > 0 && done >= int64(len(bufs[0])) {
-		done -= int64(len(bufs[0]))
-		bufs = bufs[1:]
-	}
-	return remainder{bufs, int(done)}
+	rest, skip := iovec.Rest(bufs, int(done))
+	return remainder{rest, skip}
 }
 
 func (r remainder) clear() {
@@ -200,11 +195,7 @@ func (r remainder) clear() {
 func transfer(move func(fd int, bufs [][]byte, skip int, off int64) (int, error), fd int, bufs [][]byte, off int64) (remainder, error) {
 	r := remainder{bufs: bufs}
 	for {
-		for len(r.bufs) > 0 && r.skip >= len(r.bufs[0]) {
-			r.skip -= len(r.bufs[0])
-			r.bufs = r.bufs[1:]
-		}
-		if len(r.bufs) == 0 {
+		if r.bufs, r.skip = iovec.Rest(r.bufs, r.skip); len(r.bufs) == 0 {
 			return remainder{}, nil
 		}
 		got, err := move(fd, r.bufs, r.skip, off)

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/internal/iovec"
 )
 
 // newDisk makes a file of size bytes of noise and opens it.
@@ -126,7 +127,7 @@ func TestManyBuffers(t *testing.T) {
 	got := make([]byte, 6000)
 	for i := range got {
 		if i == 1000 { // more empty ones than a call takes
-			for range 2*maxVectors + 5 {
+			for range 2*iovec.Max + 5 {
 				bufs = append(bufs, nil)
 			}
 		}

@@ -9,23 +9,25 @@ import (
 
 // mapShared maps size bytes of a memfd where huge pages can be.
 func mapShared(fd int, offset int64, size uint64) ([]byte, error) {
-	// What is around is given back.
-	space, err := unix.MmapPtr(-1, 0, nil, uintptr(size)+HugePage, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	// There is a place in so much room; what is around it is given back.
+	room := uintptr(size) + HugePage
+	space, err := unix.MmapPtr(-1, 0, nil, room, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
 		return nil, err
 	}
 	before := -uintptr(space) & (HugePage - 1)
 	start := unsafe.Add(space, before)
-	if _, err = unix.MmapPtr(fd, offset, start, uintptr(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE|unix.MAP_FIXED); err != nil {
-		return nil, errors.Join(err, unix.MunmapPtr(space, uintptr(size)+HugePage))
-	}
-	if before > 0 {
+	_, err = unix.MmapPtr(fd, offset, start, uintptr(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE|unix.MAP_FIXED)
+	if err == nil && before > 0 {
 		err = unix.MunmapPtr(space, before)
 	}
-	if after := HugePage - before; after > 0 {
-		err = errors.Join(err, unix.MunmapPtr(unsafe.Add(start, size), after))
+	if err == nil {
+		err = unix.MunmapPtr(unsafe.Add(start, size), HugePage-before)
 	}
-	return unsafe.Slice((*byte)(start), size), err
+	if err != nil {
+		return nil, errors.Join(err, unix.MunmapPtr(space, room))
+	}
+	return unsafe.Slice((*byte)(start), size), nil
 }
 
 func unmap(b []byte) error {

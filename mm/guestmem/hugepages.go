@@ -20,7 +20,7 @@ const (
 	gatherBurst = 200 * time.Millisecond
 )
 
-// gathering is what is known of how memory lies in huge pages.
+// gathering is how long a memory may still be gathered.
 type gathering struct {
 	mu     sync.Mutex
 	last   time.Time     // when budget was right; guarded by mu
@@ -40,13 +40,14 @@ func (m *Memory) Gather(gpa, n uint64) {
 	last := (gpa - r.GPA + min(n, r.End()-gpa) - 1) / HugePage
 	for i := first; i <= last && i < uint64(len(r.gathered)); i++ {
 		if tries := &r.gathered[i]; tries.Load() < gatherTries {
-			m.gathering.gather(m, tries, r.bytes[i*HugePage:][:HugePage])
+			m.gather(tries, r.bytes[i*HugePage:][:HugePage])
 		}
 	}
 }
 
 // gather is Gather of one huge page.
-func (g *gathering) gather(m *Memory, tries *atomic.Uint32, b []byte) {
+func (m *Memory) gather(tries *atomic.Uint32, b []byte) {
+	g := &m.gathering
 	if m.pagers.list.Load() != nil || !g.mu.TryLock() { // a page that is not there may not be a hole
 		return
 	}

@@ -8,18 +8,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/internal/iovec"
 )
 
 // ErrAgain is returned when a call would have to wait.
 var ErrAgain = errors.New("would block")
-
-// maxPieces is the most pieces one call passes to the kernel (UIO_MAXIOV).
-const maxPieces = 1024
 
 // File is one descriptor. Readv must not be called by two goroutines at once,
 // nor Writev; the two may overlap.
@@ -108,7 +108,7 @@ func (f *File) Readv(p [][]byte) (int, error) {
 func (f *File) Writev(p [][]byte) (int, error) { return f.run(&f.out, p, "write") }
 
 func (f *File) run(d *direction, p [][]byte, verb string) (int, error) {
-	d.iov = appendPieces(d.iov[:0], p)
+	d.iov = iovec.Append(d.iov[:0], p, 0, math.MaxInt)
 	if len(d.iov) == 0 {
 		return 0, nil
 	}

@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/internal/iovec"
 )
 
 // pair is a File on one end of a socket pair, its callbacks, and the other end.
@@ -104,11 +106,11 @@ func TestWritev(t *testing.T) {
 // TestManyPieces: more than the kernel takes at once are a short write.
 func TestManyPieces(t *testing.T) {
 	f, _, _, _ := pair(t)
-	pieces := make([][]byte, maxPieces+10)
+	pieces := make([][]byte, iovec.Max+10)
 	for i := range pieces {
 		pieces[i] = []byte{1}
 	}
-	if n, err := f.Writev(pieces); n != maxPieces || err != nil {
+	if n, err := f.Writev(pieces); n != iovec.Max || err != nil {
 		t.Errorf("wrote %d, %v", n, err)
 	}
 }

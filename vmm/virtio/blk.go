@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
+	"github.com/gnomon-vmm/gnomon/internal/passer"
 )
 
 // Block device feature bits (section 5.2.3).
@@ -144,9 +145,9 @@ type Blk struct {
 
 // blkQueue is what a worker needs for a request, kept from one to the next.
 type blkQueue struct {
-	chain Chain
-	bufs  [][]byte
-	passer
+	chain  Chain
+	bufs   [][]byte
+	passer passer.Passer
 }
 
 // NewBlk returns a block device over a node, which it does not close.
@@ -341,7 +342,7 @@ func (b *Blk) Handle(q *Queue) error {
 			if err := mate.serve(); err != nil {
 				return err
 			}
-			bq.pass()
+			bq.passer.Pass()
 			continue
 		case !ok:
 			return nil
@@ -362,7 +363,7 @@ func (b *Blk) Handle(q *Queue) error {
 		if cost += blkRequestCost + int(total(bq.bufs)); cost >= blkFlushCost {
 			q.Flush()
 			cost = 0
-			bq.pass()
+			bq.passer.Pass()
 		}
 	}
 }

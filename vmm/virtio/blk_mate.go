@@ -4,6 +4,8 @@ import (
 	"runtime"
 	"sync/atomic"
 	"time"
+
+	"github.com/gnomon-vmm/gnomon/internal/passer"
 )
 
 const (
@@ -83,7 +85,7 @@ func (m *blkMate) serve() error {
 
 // run serves what is ready until the device stops.
 func (m *blkMate) run() {
-	var passes passer
+	var passes passer.Passer
 	for {
 		for m.ready() {
 			if err := m.serve(); err != nil {
@@ -94,7 +96,7 @@ func (m *blkMate) run() {
 		for start := time.Now(); !m.ready() && time.Since(start) < blkMateLooks; {
 			yield()
 		}
-		passes.pass()
+		passes.Pass()
 		m.asleep.Store(true)
 		if m.ready() && m.asleep.CompareAndSwap(true, false) {
 			continue

@@ -7,7 +7,6 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -182,31 +181,12 @@ func (w *worker) run() {
 			continue
 		}
 		if w.state.CompareAndSwap(workerRunning, workerIdle) {
-			// A goroutine that makes system calls for 10 ms without passing
-			// the scheduler has the runtime's monitor take its processor at
-			// each of them, and then has to wake the monitor, which sleeps when
-			// no processor is busy: a thread wake-up for every request.
-			runtime.Gosched()
+			runtime.Gosched() // as a passer.Passer does
 			w.event.wait()
 			w.chains.woken()
 			w.ends.woken()
 		}
 		w.state.Store(workerRunning)
-	}
-}
-
-// passer passes the scheduler now and then, for who makes system calls for long: see run.
-// To do so each time would cost too much, since another thread is woken that might have
-// something to run.
-type passer struct{ last time.Time }
-
-// passEvery is half of what the runtime's monitor lets be.
-const passEvery = 5 * time.Millisecond
-
-func (p *passer) pass() {
-	if now := time.Now(); now.Sub(p.last) > passEvery {
-		p.last = now
-		runtime.Gosched()
 	}
 }
 
