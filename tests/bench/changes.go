@@ -22,7 +22,7 @@ func (b *bench) recording() experiment {
 	}
 	e := experiment{
 		name: "recording of changes",
-		schedule: &turns{count: b.pick(16, 4), loads: loads, sides: []contestant{
+		schedule: &turns{count: b.pick(8, 4), loads: loads, sides: []contestant{
 			{"gnomon changes=on", side(",changes=on")},
 			{"gnomon", side("")},
 		}},
