@@ -74,9 +74,11 @@ type connection struct {
 	made  int        // guarded by mu: requests there are
 	bytes int64      // guarded by mu: those of requests under way
 	own   int64      // guarded by mu: of bytes, those that are not of the server's room
+	share share      // of the server's room
 
-	moved   atomic.Int64  // when the client has sent or taken something last, Unix nanoseconds
+	moved   atomic.Int64  // when the client has sent or taken a stride last, Unix nanoseconds
 	turns   atomic.Int32  // how many wait for the client to do so
+	dropped atomic.Bool   // it was disconnected since it does not
 	gone    chan struct{} // closed by hangUp
 	closing sync.Once
 }
@@ -117,7 +119,9 @@ func (c *connection) run() error {
 	}
 	var failure error
 	c.out = newSender(c.stream, func(err error) {
-		failure = err
+		if !errors.Is(err, net.ErrClosed) { // by us, for another reason
+			failure = err
+		}
 		c.hangUp()
 	})
 	c.out.socket, c.out.moves, c.out.turns = c.socket, c.moves, &c.turns
@@ -356,7 +360,7 @@ func (c *connection) begin(h header) (*request, error) {
 	if own {
 		return r, nil
 	}
-	if w := c.server.room.take(payload); w != nil {
+	if w := c.server.room.take(&c.share, payload); w != nil {
 		c.flush()
 		if err := c.await(w); err != nil {
 			r.own, r.payload = true, 0
@@ -380,7 +384,7 @@ func (c *connection) end(r *request) {
 		r.body = nil // what was counted is given back
 	}
 	if !r.own {
-		c.server.room.give(r.payload)
+		c.server.room.give(&c.share, r.payload)
 	}
 	c.mu.Lock()
 	c.bytes -= r.payload

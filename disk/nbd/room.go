@@ -10,16 +10,17 @@ import (
 
 // Requests of all clients hold no more than this, so clients that do not read cannot make
 // the server grow without end. Each client has a part of its own, which it need not wait
-// for; for the rest requests wait in the order in which they came, one of each client.
+// for; for the rest requests wait in the order in which they came, one of each client. A
+// client that has some of the rest gets more only as long as it leaves as much to others as
+// it has then: a few clients that do not go on hold nobody up.
 const (
 	maxAll = 256 << 20 // bytes
 	maxOwn = 1 << 20   // bytes of one client; all clients' are half of maxAll at most
 
-	// stallTime is how long a client that holds room others wait for may neither take
-	// nor send a byte, where that is its turn.
+	// stallTime is how long a client that holds room others wait for may need for a
+	// stride, where it is its turn to take or send one.
 	stallTime = 10 * time.Second
-	// stride is how many bytes are sent or received at once, to see that it goes on.
-	stride = 1 << 20
+	stride    = 1 << 20
 )
 
 // room is what requests wait for before they are read.
@@ -29,38 +30,69 @@ type room struct {
 	queue []*waiter // guarded by mu
 }
 
+// share is how many bytes of the room a client has; guarded by the room's mu.
+type share int64
+
 type waiter struct {
+	share *share
 	bytes int64
 	ready chan struct{} // closed: it has them
 }
 
-// take takes bytes, if there is no need to wait. Else it returns who waits.
-func (r *room) take(bytes int64) *waiter {
+// take takes bytes for a client, if there is no need to wait. Else it returns who waits.
+func (r *room) take(s *share, bytes int64) *waiter {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.queue) == 0 && bytes <= r.free {
-		r.free -= bytes
+	if len(r.queue) == 0 && r.allows(s, bytes) {
+		r.grant(s, bytes)
 		return nil
 	}
-	w := &waiter{bytes, make(chan struct{})}
+	w := &waiter{s, bytes, make(chan struct{})}
 	r.queue = append(r.queue, w)
-	return w
+	r.serve()
+	select {
+	case <-w.ready:
+		return nil
+	default:
+		return w
+	}
 }
 
-func (r *room) give(bytes int64) {
+// allows tells whether a client may have bytes more. Preconditions: mu is held.
+func (r *room) allows(s *share, bytes int64) bool {
+	left := r.free - bytes
+	return left >= 0 && (*s == 0 || int64(*s)+bytes <= left)
+}
+
+// grant lets a client have bytes more. Preconditions: mu is held.
+func (r *room) grant(s *share, bytes int64) {
+	r.free -= bytes
+	*s += share(bytes)
+}
+
+func (r *room) give(s *share, bytes int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.free += bytes
+	r.grant(s, -bytes)
 	r.serve()
 }
 
-// serve lets wait no longer whom there is room for. Preconditions: mu is held.
+// serve lets wait no longer who may have what they wait for. Nobody overtakes a client that
+// has nothing yet. Preconditions: mu is held.
 func (r *room) serve() {
-	for len(r.queue) > 0 && r.queue[0].bytes <= r.free {
-		r.free -= r.queue[0].bytes
-		close(r.queue[0].ready)
-		r.queue = slices.Delete(r.queue, 0, 1)
+	waiting := r.queue[:0]
+	inOrder := false
+	for _, w := range r.queue {
+		if !inOrder && r.allows(w.share, w.bytes) {
+			r.grant(w.share, w.bytes)
+			close(w.ready)
+			continue
+		}
+		inOrder = inOrder || *w.share == 0
+		waiting = append(waiting, w)
 	}
+	clear(r.queue[len(waiting):])
+	r.queue = waiting
 }
 
 // leave ends a wait, and gives back what it may have come to.
@@ -70,9 +102,16 @@ func (r *room) leave(w *waiter) {
 	if i := slices.Index(r.queue, w); i >= 0 {
 		r.queue = slices.Delete(r.queue, i, i+1)
 	} else {
-		r.free += w.bytes
+		r.grant(w.share, -w.bytes)
 	}
 	r.serve()
+}
+
+// has tells whether a client has some of the room.
+func (r *room) has(s *share) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return *s > 0
 }
 
 // await waits for room. It fails when the connection is closed.
@@ -87,32 +126,28 @@ func (c *connection) await(w *waiter) error {
 			c.server.room.leave(w)
 			return net.ErrClosed
 		case <-tick.C:
-			c.server.dropStalled()
+			if !c.server.room.has(&c.share) { // others have what it waits for
+				c.server.dropStalled()
+			}
 		}
 	}
 }
 
-// dropStalled disconnects clients that hold room and do not go on.
+// dropStalled disconnects clients that have room and do not go on.
 func (s *Server) dropStalled() {
 	now := time.Now()
 	var dropped []*connection
 	s.mu.Lock()
 	for c := range s.connections {
-		if c.turns.Load() > 0 && now.Sub(time.Unix(0, c.moved.Load())) >= s.stall && c.holdsRoom() {
+		if c.turns.Load() > 0 && now.Sub(time.Unix(0, c.moved.Load())) >= s.stall && s.room.has(&c.share) && c.dropped.CompareAndSwap(false, true) {
 			dropped = append(dropped, c)
 		}
 	}
 	s.mu.Unlock()
 	for _, c := range dropped {
-		s.report(fmt.Errorf("NBD: client %s is disconnected: it has not gone on for %v, and others wait for the memory that it holds", c.conn.RemoteAddr(), s.stall))
+		s.report(fmt.Errorf("NBD: client %s is disconnected: it needs more than %v for 1 MiB, and others wait for the memory that it holds", c.conn.RemoteAddr(), s.stall))
 		c.hangUp()
 	}
-}
-
-func (c *connection) holdsRoom() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.bytes > c.own
 }
 
 // itsTurn tells that something waits for the client, until turns is lowered.
@@ -121,7 +156,7 @@ func (c *connection) itsTurn() {
 	c.turns.Add(1)
 }
 
-// moves tells that the client has sent or taken something.
+// moves tells that the client has sent or taken a stride.
 func (c *connection) moves() { c.moved.Store(time.Now().UnixNano()) }
 
 // hangUp closes the connection. It may be called again.

@@ -76,8 +76,9 @@ func TestRoomOfAll(t *testing.T) {
 func TestWhoDoesNotReadGoes(t *testing.T) {
 	var dropped atomic.Int32
 	s, address := serve(t, ServerOptions{Report: func(err error) {
-		if strings.Contains(err.Error(), "others wait") {
-			dropped.Add(1)
+		dropped.Add(1)
+		if !strings.Contains(err.Error(), "others wait") {
+			t.Error(err)
 		}
 	}}, Export{Node: newMemory(64 << 20)})
 	s.room.mu.Lock()
@@ -109,6 +110,81 @@ func TestWhoDoesNotReadGoes(t *testing.T) {
 			defer s.room.mu.Unlock()
 			return s.room.free == maxPayload
 		})
+	}
+}
+
+// Clients that do not read hold nobody up, as long as they are few.
+func TestRoomIsLeft(t *testing.T) {
+	_, address := serve(t, ServerOptions{}, Export{Node: newMemory(64 << 20)})
+	for range 3 {
+		w := newWire(t, address)
+		w.enter("", false)
+		for i := range 60 {
+			w.request(header{command: cmdRead, cookie: uint64(i), length: 1 << 20})
+		}
+	}
+	w := newWire(t, address)
+	w.enter("", false)
+	for range 100 {
+		start := time.Now()
+		w.request(header{command: cmdRead, length: maxPayload / 2})
+		w.read(simpleSize + maxPayload/2)
+		if took := time.Since(start); took > stallTime/2 {
+			t.Fatalf("a request took %v", took)
+		}
+	}
+}
+
+// Room goes to clients as the rules say.
+func TestRoomIsShared(t *testing.T) {
+	r := room{free: 100}
+	got := func(w *waiter) bool {
+		if w == nil {
+			return true
+		}
+		select {
+		case <-w.ready:
+			return true
+		default:
+			return false
+		}
+	}
+	var a, b, c, d share
+	if w := r.take(&a, 100); !got(w) {
+		t.Error("the first client does not get all that there is")
+	}
+	r.give(&a, 100)
+	for a < 50 {
+		if w := r.take(&a, 10); !got(w) {
+			t.Fatalf("a client that has %d does not get more", a)
+		}
+	}
+	more := r.take(&a, 10)
+	if got(more) {
+		t.Error("a client has more than is left")
+	}
+	if w := r.take(&b, 30); !got(w) {
+		t.Error("who has nothing yet waits for who has too much")
+	}
+	first, second := r.take(&c, 30), r.take(&d, 5)
+	if got(first) || got(second) {
+		t.Errorf("%d are free, and others got 30, 5", r.free)
+	}
+	r.give(&a, 50)
+	if !got(first) || !got(second) || a != 10 || !got(more) || r.free != 25 {
+		t.Errorf("there was enough for all; now %d, %d, %d, %d, and %d are free", a, b, c, d, r.free)
+	}
+	greedy := r.take(&b, 10)
+	r.leave(greedy)
+	if got(greedy) || len(r.queue) != 0 {
+		t.Error("who has gone waits")
+	}
+	r.give(&a, 10)
+	r.give(&b, 30)
+	r.give(&c, 30)
+	r.give(&d, 5)
+	if r.free != 100 || a+b+c+d != 0 {
+		t.Errorf("%d are free", r.free)
 	}
 }
 

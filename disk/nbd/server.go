@@ -112,7 +112,7 @@ func (s *Server) ServeConn(conn net.Conn) {
 		s.mu.Lock()
 		delete(s.connections, c)
 		s.mu.Unlock()
-		if err != nil {
+		if err != nil && !c.dropped.Load() {
 			s.report(fmt.Errorf("NBD: client %s: %w", conn.RemoteAddr(), err))
 		}
 	}()
