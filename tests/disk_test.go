@@ -255,6 +255,9 @@ func TestDiskChangesOwner(t *testing.T) {
 	if status.Status != "paused" || !strings.Contains(first.log.String(), "released to another owner") {
 		t.Errorf("the first machine is %s\n%s", status.Status, &first.log)
 	}
+	if err := first.qmp.Execute(ctx, "cont", nil, nil); err == nil || !strings.Contains(err.Error(), "released to another owner") {
+		t.Errorf("cont of a machine whose disk is another's: %v", err)
+	}
 	if got := state(); got != "released 2" {
 		t.Errorf("at last: %s", got)
 	}

@@ -199,7 +199,10 @@ func (m *Machine) end(s Status) {
 // requests. It returns when nothing of the guest moves any more, time included.
 // Before Run it has Run leave the machine paused. A machine that is suspended
 // stays paused when that has ended.
-func (m *Machine) Pause() error {
+func (m *Machine) Pause() error { return m.PauseFor(nil) }
+
+// PauseFor is Pause for good, where there is a reason: Resume fails with it.
+func (m *Machine) PauseFor(reason error) error {
 	m.ctl.Lock()
 	defer m.ctl.Unlock()
 	switch {
@@ -207,6 +210,9 @@ func (m *Machine) Pause() error {
 		return ErrClosed
 	case m.Status() == StatusPrelaunch:
 		m.startPaused = true
+	}
+	if m.ends == nil {
+		m.ends = reason
 	}
 	m.goOn = false
 	m.pause(StatusPaused)
@@ -281,6 +287,8 @@ func (m *Machine) resume() error {
 		return nil
 	case s != StatusPaused && s != StatusPrelaunch && s != StatusIOError:
 		return fmt.Errorf("%w: it cannot go on from %q; reset or quit it", ErrState, s)
+	case m.ends != nil:
+		return fmt.Errorf("%w: it cannot go on, quit it: %w", ErrState, m.ends)
 	case m.suspended > 0:
 		m.goOn = true
 		return nil

@@ -343,6 +343,23 @@ func TestPausedBeforeRun(t *testing.T) {
 	}
 }
 
+// A machine that is paused for a reason does not go on, before Run and after it; it can be quit.
+func TestPausedForAReason(t *testing.T) {
+	reason := errors.New("its disk is another's")
+	r := start(t, "spin", nil)
+	for r.count(t) == 0 {
+		runtime.Gosched()
+	}
+	if err := errors.Join(r.PauseFor(reason), r.Pause()); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Resume(); !errors.Is(err, vmm.ErrState) || !errors.Is(err, reason) || r.Status() != vmm.StatusPaused {
+		t.Errorf("resume: %v, status %q", err, r.Status())
+	}
+	r.Quit()
+	<-r.done
+}
+
 func TestCloseEndsARunningMachine(t *testing.T) {
 	r := start(t, "spin", nil)
 	for r.count(t) == 0 {

@@ -453,7 +453,7 @@ func (p *plan) openDisk(ctx context.Context, d diskPlan) (block.Node, *changes.R
 				return errors.New("the machine is being started")
 			}
 			report("disk %s is released to another owner: the machine is paused; quit it, or restore it when the disk is free again", d.path)
-			return m.Pause()
+			return m.PauseFor(fmt.Errorf("disk %s has been released to another owner", d.path))
 		},
 	})
 	return n, recorder, err
