@@ -331,8 +331,11 @@ func (a *Archive) index(number int) (int, error) {
 		return len(a.catalog.Steps) - 1, nil
 	}
 	i := slices.IndexFunc(a.catalog.Steps, func(s Step) bool { return s.Number == number })
-	if i < 0 {
-		return 0, fmt.Errorf("%w: %s has %d", ErrNoStep, a.dir, len(a.catalog.Steps))
+	switch steps := a.catalog.Steps; {
+	case len(steps) == 0:
+		return 0, fmt.Errorf("%w: %s has none", ErrNoStep, a.dir)
+	case i < 0:
+		return 0, fmt.Errorf("%w: %s has those from %d to %d", ErrNoStep, a.dir, steps[0].Number, steps[len(steps)-1].Number)
 	}
 	return i, nil
 }

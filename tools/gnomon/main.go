@@ -142,7 +142,11 @@ func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 			return nil
 		}
 		if !strings.HasPrefix(err.Error(), "unknown command") {
-			err = fmt.Errorf("%d arguments were given: the command is %s", len(args), cmd.UseLine())
+			given := fmt.Sprintf("%d arguments were", len(args))
+			if len(args) == 1 {
+				given = "1 argument was"
+			}
+			err = fmt.Errorf("%s given: the command is %s", given, cmd.UseLine())
 		}
 		return usageError(err)
 	}

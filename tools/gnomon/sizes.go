@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -18,7 +19,11 @@ func parseSize(text string, unit uint64) (uint64, error) {
 	}
 	suffix := strings.TrimLeft(rest, digits)
 	n, err := strconv.ParseUint(rest[:len(rest)-len(suffix)], base, 64)
-	if err != nil {
+	large := fmt.Errorf("size %q: at most 4E is possible", text)
+	switch {
+	case errors.Is(err, strconv.ErrRange):
+		return 0, large
+	case err != nil:
 		return 0, wrong
 	}
 	fraction := ""
@@ -32,7 +37,7 @@ func parseSize(text string, unit uint64) (uint64, error) {
 		}
 	}
 	if n > 1<<62/unit {
-		return 0, wrong
+		return 0, large
 	}
 	size := n * unit
 	if strings.Trim(fraction, "0") != "" {
