@@ -151,9 +151,9 @@ func (b *bench) awhile(l load, _ int) [2]string {
 // allocating measures virtio-blk with images that are empty at first.
 func (b *bench) allocating(format, cache string) experiment {
 	return b.blockTurns(format, cache, allocatingLoads, func(l load, leg int) [2]string {
-		some, many, at := 100, b.pick(1500, 500), 4*leg
+		some, many, at := 500, b.pick(3000, 1000), 4*leg
 		if l.unit == "MB/s" {
-			some, many, at = 8, b.pick(64, 32), at+1
+			some, many, at = 192, b.pick(384, 192), at+1
 		}
 		return [2]string{fmt.Sprintf("%s%d off=%dG", l.words, some, at), fmt.Sprintf("%s%d off=%dG", l.words, many, at+2)}
 	}, func(place int) (image, error) {
@@ -259,7 +259,7 @@ func takeLeftovers() ([]byte, error) {
 func (d *diskGuest) turn(ctx context.Context, l load) (float64, error) {
 	if d.allocates {
 		unix.Sync()                              // so that the kernel does not slow down who writes when too much is left to write back
-		if err := touchMemory(768); err != nil { // what is written to the page cache in a turn, and more
+		if err := touchMemory(1280); err != nil { // what is written to the page cache in a turn, and more
 			return 0, err
 		}
 	}
