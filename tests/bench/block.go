@@ -258,7 +258,7 @@ func takeLeftovers() ([]byte, error) {
 // disk interrupts one of them, and with the guest there all takes longer.
 func (d *diskGuest) turn(ctx context.Context, l load) (float64, error) {
 	if d.allocates {
-		unix.Sync()                              // so that the kernel does not slow down who writes when too much is left to write back
+		unix.Sync()                               // so that the kernel does not slow down who writes when too much is left to write back
 		if err := touchMemory(1280); err != nil { // what is written to the page cache in a turn, and more
 			return 0, err
 		}
