@@ -211,8 +211,8 @@ func (m *Machine) PauseFor(reason error) error {
 	case m.Status() == StatusPrelaunch:
 		m.startPaused = true
 	}
-	if m.ends == nil {
-		m.ends = reason
+	if m.pausedFor == nil {
+		m.pausedFor = reason
 	}
 	m.goOn = false
 	m.pause(StatusPaused)
@@ -287,8 +287,8 @@ func (m *Machine) resume() error {
 		return nil
 	case s != StatusPaused && s != StatusPrelaunch && s != StatusIOError:
 		return fmt.Errorf("%w: it cannot go on from %q; reset or quit it", ErrState, s)
-	case m.ends != nil:
-		return fmt.Errorf("%w: it cannot go on, quit it: %w", ErrState, m.ends)
+	case m.pausedFor != nil:
+		return fmt.Errorf("%w: it cannot go on, quit it: %w", ErrState, m.pausedFor)
 	case m.suspended > 0:
 		m.goOn = true
 		return nil

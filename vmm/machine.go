@@ -58,7 +58,7 @@ type Machine struct {
 	startPaused bool           // guarded by ctl: Run leaves the start to Resume
 	suspended   int            // guarded by ctl: Suspends that have not ended
 	goOn        bool           // guarded by ctl: the machine runs when they have
-	ends        error          // guarded by ctl: why the machine does not run any more; nil: it may
+	pausedFor   error          // guarded by ctl: why Resume fails, once it does
 	closed      bool           // guarded by ctl
 	atClose     []func() error // guarded by ctl
 	kvmClock    kvm.ClockData  // guarded by ctl: the guest's clock while stopped

@@ -103,10 +103,10 @@ func (c *connection) enter(x *exported) bool {
 }
 
 // run serves the client until it leaves. Its error is nil if it left properly.
-func (c *connection) run() error {
-	err := c.negotiate()
+func (c *connection) run() (err error) {
+	err = c.negotiate()
 	if c.socket != nil {
-		defer c.socket.close()
+		defer func() { err = errors.Join(err, c.socket.close()) }()
 	}
 	if c.export != nil {
 		defer c.server.leave(c.export, c)

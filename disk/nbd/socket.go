@@ -109,9 +109,9 @@ func (s *socket) hangUp() {
 }
 
 // close frees the socket, which nobody reads or writes any more.
-func (s *socket) close() {
+func (s *socket) close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
-	_ = unix.Close(s.fd) // nothing of it is used any more
+	return unix.Close(s.fd)
 }

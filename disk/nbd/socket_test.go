@@ -35,7 +35,11 @@ func socketPair(t *testing.T) (*socket, net.Conn) {
 	if err != nil || s == nil {
 		t.Fatalf("no socket: %v", err)
 	}
-	t.Cleanup(s.close)
+	t.Cleanup(func() {
+		if err := s.close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return s, other
 }
 
