@@ -1,6 +1,7 @@
 package client_test
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -244,8 +245,12 @@ func TestLateResponses(t *testing.T) {
 				fmt.Fprintln(conn, []string{`{"return": {}}`, `{"error": {"class": "GenericError", "desc": "x"}}`}[i%2])
 			}
 			fmt.Fprintln(conn, `{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}`)
+			in := bufio.NewReader(conn)
+			if _, err := in.ReadString('\n'); err != nil { // qmp_capabilities; answering before it is asked is refused
+				return
+			}
 			fmt.Fprintln(conn, `{"return": {}}`)
-			_, _ = io.Copy(io.Discard, conn)
+			_, _ = io.Copy(io.Discard, in)
 		}()
 		c, err := client.Dial(t.Context(), addr)
 		if (err == nil) != (late <= 2) {
