@@ -11,11 +11,6 @@ import (
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
 
-// A client that has one request at a time is served without the ring, by the reader: to
-// wake another goroutine takes as long as the request. It is thought to be such after
-// minAlone requests.
-const minAlone = 16
-
 // ring begins small reads and writes of a disk past the page cache by an io_uring: the
 // connection's reader begins them, and one goroutine hears of their ends. So they cost no
 // goroutine each, and those that come together go to the kernel together. To send what a
@@ -78,31 +73,11 @@ func (g *ring) start(r *request) bool {
 	return false
 }
 
-// isAlone tells whether the client has one request at a time, of a disk past the page cache.
-func (c *connection) isAlone() bool { return c.alone >= minAlone }
-
 // refused has a request be as it was before start.
 func (g *ring) refused(r *request) {
 	if r.command == cmdRead {
 		putBuffer(r.data)
 		r.data = nil
-	}
-}
-
-// look looks at a client whose next request is h.
-func (g *ring) look(h header) {
-	c := g.client
-	if c.socket == nil { // so nothing would tell of requests behind one that the reader does
-		return
-	}
-	behind := c.in.Buffered()
-	if h.command == cmdWrite {
-		behind -= int(h.length)
-	}
-	if g.underWay.Load() > 0 || c.working.Load() > 0 || behind >= requestSize {
-		c.alone = 0
-	} else {
-		c.alone++
 	}
 }
 

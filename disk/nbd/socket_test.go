@@ -8,8 +8,10 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -121,6 +123,51 @@ func TestSocketTellsOfTheOtherSide(t *testing.T) {
 	}
 	if err := s.writev([][]byte{{1}}); !errors.Is(err, unix.EPIPE) {
 		t.Errorf("after the end: %v", err)
+	}
+}
+
+// A socket is polled while the next thing is there soon, and nothing comes for another.
+func TestWhoIsPolled(t *testing.T) {
+	s, other := socketPair(t)
+	s2, other2 := socketPair(t)
+	send := func(to net.Conn) {
+		if _, err := to.Write([]byte{1}); err != nil {
+			t.Error(err)
+		}
+	}
+	receive := func(from *socket) {
+		if _, err := from.Read(make([]byte, 1)); err != nil {
+			t.Error(err)
+		}
+	}
+	isPolled := func() bool {
+		send(other)
+		receive(s)
+		return s.waited <= pollTime
+	}
+	eventually(t, "it is polled", isPolled)
+	send(other2)
+	receive(s2)
+	if isPolled() {
+		t.Error("it is polled where there is another")
+	}
+	eventually(t, "it is polled when the other is quiet", isPolled)
+	eventually(t, "it is not polled when the next thing takes long", func() bool {
+		time.AfterFunc(5*time.Millisecond, func() { send(other) })
+		receive(s)
+		return s.waited > pollTime
+	})
+	send(other)
+	if s.poll() {
+		t.Error("it is polled still")
+	}
+	receive(s)
+	s.waited = 0
+	if s.poll() {
+		t.Error("something has arrived that was not sent")
+	}
+	if send(other); s.poll() != (runtime.NumCPU() > 1) {
+		t.Error("what has arrived is not seen")
 	}
 }
 
