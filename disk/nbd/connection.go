@@ -175,8 +175,8 @@ func (c *connection) receive() error {
 			c.flush()
 		}
 		c.passer.Pass()
-		if c.isAlone() && c.ring == nil && c.in.Buffered() < requestSize {
-			c.socket.poll()
+		if c.in.Buffered() < requestSize {
+			c.prepareToWait()
 		}
 		raw, err := c.in.Peek(requestSize)
 		if err == io.EOF && len(raw) == 0 {
@@ -202,6 +202,18 @@ func (c *connection) receive() error {
 		if err := c.accept(h); err != nil {
 			return err
 		}
+	}
+}
+
+// prepareToWait is called before the reader waits for what has not arrived.
+func (c *connection) prepareToWait() {
+	switch {
+	case c.isAlone() && c.ring == nil:
+		c.socket.poll()
+	case !c.isAlone() && c.ring != nil:
+		// If the client shares our processor it is sending more requests, and would be
+		// interrupted by us at each.
+		yield()
 	}
 }
 

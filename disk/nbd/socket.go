@@ -53,6 +53,9 @@ func (s *socket) poll() bool {
 	return true
 }
 
+// yield lets other threads run, if there are any.
+func yield() { _, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
+
 // newSocket takes conn over, which is closed. It is nil where conn is more than a socket of
 // the kernel's: TLS, say.
 func newSocket(conn net.Conn) (*socket, error) {
