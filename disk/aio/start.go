@@ -35,6 +35,11 @@ type started struct {
 // what is more, the kernel would have to split, which it does in a thread of its own only.
 const maxPart = 512 << 10
 
+// large is from where a request is told to the kernel by itself. What is told together and
+// lies side by side in the file becomes one request of the device, of some megabytes:
+// then all of it ends at once, and the device does less at the same time.
+const large = 256 << 10
+
 var _ block.Ring = (*Ring)(nil)
 
 // NewRing returns a Ring that signals an eventfd when requests have ended, after Arm.
@@ -56,7 +61,7 @@ func NewRing(eventfd int) (*Ring, error) {
 // Close ends the use of the ring. No requests are under way.
 func (r *Ring) Close() error { return r.tearDown() }
 
-// Start implements block.Ring. The kernel hears of it at the next Submit.
+// Start implements block.Ring. The kernel hears of a small request at the next Submit.
 func (r *Ring) Start(q *block.Request, fd int) bool {
 	if len(r.free) == 0 {
 		return false
@@ -71,10 +76,20 @@ func (r *Ring) Start(q *block.Request, fd int) bool {
 	if buffers == 0 || buffers > iovec.Max {
 		return false
 	}
-	r.unpushed = true
-	if buffers == 1 {
-		return r.startParts(q, fd, q.Bufs[last])
+	if buffers > 1 {
+		r.startVector(q, fd, length)
+	} else if !r.startParts(q, fd, q.Bufs[last]) {
+		return false
 	}
+	r.unpushed = true
+	if length >= large {
+		r.Submit()
+	}
+	return true
+}
+
+// startVector is Start of a request for several buffers.
+func (r *Ring) startVector(q *block.Request, fd int, length int64) {
 	v := vectors.Get().(*vector)
 	v.fill(q.Bufs, 0)
 	op := opRead
@@ -84,7 +99,6 @@ func (r *Ring) Start(q *block.Request, fd int) bool {
 	index := r.take()
 	r.slots[index] = started{vector: v, length: length, whole: index, request: q, parts: 1}
 	r.push(uint64(index), op, fd, v, q.Off)
-	return true
 }
 
 // startParts is Start of a request for one buffer.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -237,6 +238,26 @@ func TestRingParts(t *testing.T) {
 		t.Error("a request started that there is no room for")
 	}
 	r.free = r.free[:ringEntries]
+}
+
+// The kernel is told of a large request by itself, so that it does not make one of several.
+func TestRingTellsOfLargeRequests(t *testing.T) {
+	f, r := newFile(t, 4*large, Options{Engine: IOUring, Direct: true}), newTestRing(t)
+	var e ends
+	for _, length := range []int{4096, large - 4096, large, 3 * large} {
+		memory := alignedMemory(length)
+		for _, bufs := range [][][]byte{{memory}, {memory[:512], nil, memory[512:]}} {
+			q := block.Request{Bufs: bufs, Ring: r}
+			q.Enter(&e, 0)
+			if !f.Start(&q) || r.unpushed != (length < large) || r.unsubmitted() != r.unpushed {
+				t.Errorf("%d bytes in %d buffers: the kernel has to be told of it: %v", length, len(bufs), r.unpushed)
+			}
+			r.wait()
+		}
+	}
+	if len(e.errs) != 8 || slices.ContainsFunc(e.errs, func(err error) bool { return err != nil }) {
+		t.Errorf("ended with %v", e.errs)
+	}
 }
 
 // However close a request's end comes to Arm: either Arm tells of it or the event does.
