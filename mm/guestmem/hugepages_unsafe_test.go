@@ -123,6 +123,58 @@ func TestGather(t *testing.T) {
 	}
 }
 
+// While a page is in use the rest cannot be gathered, and is later; but not for ever.
+func TestGatherInUse(t *testing.T) {
+	needCollapse(t)
+	m, err := New([]Range{{0, 2 * HugePage}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	r := m.regions[0]
+	for page := 0; page < len(r.bytes); page += PageSize {
+		r.bytes[page] = 1 // it is there
+	}
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pipe[0])
+	defer unix.Close(pipe[1])
+	use := func(page []byte) { // until it is read
+		v := unix.Iovec{Base: &page[0], Len: PageSize}
+		if n, err := unix.Vmsplice(pipe[1], []unix.Iovec{v}, 0); n != PageSize || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	use(r.bytes[HugePage-PageSize:])
+	if m.Gather(0, PageSize) {
+		t.Error("memory in use is gathered")
+	}
+	if !m.Gather(HugePage, PageSize) {
+		t.Error("other memory is not gathered")
+	}
+	if _, err := unix.Read(pipe[0], make([]byte, PageSize)); err != nil {
+		t.Fatal(err)
+	}
+	if !m.Gather(0, PageSize) || hugeBytes(t, r.bytes) != 2*HugePage {
+		t.Errorf("%d bytes are gathered", hugeBytes(t, r.bytes))
+	}
+	if err := m.Discard(0, 2*PageSize); err != nil { // it is small pages again
+		t.Fatal(err)
+	}
+	r.gathered[0].Store(0)
+	use(r.bytes[PageSize:])
+	for range gatherTries - 1 {
+		if m.gathering.last = (time.Time{}); m.Gather(0, PageSize) {
+			t.Error("memory in use is gathered")
+		}
+	}
+	if m.gathering.last = (time.Time{}); !m.Gather(0, PageSize) {
+		t.Error("it is tried for ever")
+	}
+}
+
 // Nothing that is written meanwhile is lost, by whichever mapping.
 func TestGatherWhileWritten(t *testing.T) {
 	needCollapse(t)

@@ -21,6 +21,10 @@ type blkLanes struct {
 	ring *aio.Ring // the worker's; nil: there is none
 	made bool      // it was tried to make one; the worker's
 
+	held      *blkLane  // waits until the ring's requests have ended, to gather its memory; the worker's
+	heldSince time.Time // the worker's
+	noHold    time.Time // until when none is to wait; the worker's
+
 	mate blkMate // for a node whose requests do not wait
 
 	mu     sync.Mutex
@@ -32,8 +36,12 @@ type blkLanes struct {
 	handed atomic.Int32 // requests that goroutines have
 }
 
-// gatherBytes is what a request has at least whose memory is gathered.
-const gatherBytes = 256 << 10
+const (
+	// gatherBytes is what a request has at least whose memory is gathered.
+	gatherBytes = 256 << 10
+	// holdShare is the part of the time in which requests may be held for that.
+	holdShare = 10
+)
 
 // blkLane is what a request has while it is under way.
 type blkLane struct {
@@ -76,14 +84,19 @@ func (l *blkLanes) serve() error {
 // dispatch begins requests.
 func (l *blkLanes) dispatch() error {
 	for {
-		lane := l.take()
-		if lane == nil {
+		if l.held != nil && l.ring.UnderWay() > 0 {
 			return nil
 		}
-		ok, err := l.queue.Pop(&lane.chain)
-		if err != nil || !ok {
-			l.put(lane)
-			return err
+		lane := l.release()
+		if lane == nil {
+			if lane = l.take(); lane == nil {
+				return nil
+			}
+			ok, err := l.queue.Pop(&lane.chain)
+			if err != nil || !ok {
+				l.put(lane)
+				return err
+			}
 		}
 		if l.ring == nil || !lane.start() {
 			lane.handOver()
@@ -158,8 +171,8 @@ func (lane *blkLane) start() bool {
 	if !ok {
 		return false
 	}
-	if lane.bytes >= gatherBytes {
-		lane.gather()
+	if lane.bytes >= gatherBytes && lane.hold() {
+		return true
 	}
 	lane.began = time.Now()
 	r.Bufs, r.Off, r.Ring = lane.bufs, off, lane.lanes.ring
@@ -172,14 +185,38 @@ func (lane *blkLane) start() bool {
 }
 
 // gather has a large request's memory lie in huge pages, so that the disk gets it in a
-// few pieces, this time or the next.
-func (lane *blkLane) gather() {
-	mem := lane.lanes.queue.mem
+// few pieces, this time or the next. It returns false if that may be possible when the
+// requests under way have ended: some of them may have the rest of a huge page.
+func (lane *blkLane) gather() bool {
+	mem, done := lane.lanes.queue.mem, true
 	for _, bufs := range [2][]Buffer{lane.chain.Read, lane.chain.Write} {
 		for i := range bufs {
-			mem.Gather(bufs[i].GPA, uint64(len(bufs[i].Data)))
+			done = mem.Gather(bufs[i].GPA, uint64(len(bufs[i].Data))) && done
 		}
 	}
+	return done
+}
+
+// hold has the lane's request, which is to be begun, wait for those of the ring if its
+// memory cannot be gathered before. It returns false if it does not wait.
+func (lane *blkLane) hold() bool {
+	l, now := lane.lanes, time.Now()
+	others := l.ring.UnderWay() > 0
+	if others && now.Before(l.noHold) || lane.gather() || !others {
+		return false
+	}
+	l.held, l.heldSince = lane, now
+	return true
+}
+
+// release returns the lane that is held, if one is.
+func (l *blkLanes) release() *blkLane {
+	lane := l.held
+	if lane != nil {
+		now := time.Now()
+		l.held, l.noHold = nil, now.Add(holdShare*now.Sub(l.heldSince))
+	}
+	return lane
 }
 
 // Ended implements block.Ender: the worker's ring has done the request.

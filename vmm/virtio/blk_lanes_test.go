@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -620,26 +621,29 @@ func (g *laneGuest) model(disk block.Node) {
 	}
 }
 
-// What a disk reads and writes directly, in large requests, comes to lie in huge pages.
-func TestBlkGathersMemory(t *testing.T) {
+// gatherGuest returns a guest with a disk past the page cache, whose memory is all there, what the disk
+// holds, and a function that tells how much of the memory has come to lie in huge pages.
+func gatherGuest(t *testing.T) (g *laneGuest, content []byte, gathered func() int) {
+	t.Helper()
+	content = pattern(2<<20, 7)
 	path := filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(path, pattern(1<<20, 7), 0o600); err != nil {
+	if err := os.WriteFile(path, content, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	disk, err := raw.OpenWith(path, false, raw.Options{Direct: true, Engine: aio.IOUring})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer disk.Close()
+	t.Cleanup(func() { disk.Close() })
 	blk, err := NewBlk(BlkConfig{Node: block.NewRoot(disk), Depth: 16})
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := &laneGuest{&blkGuest{guest: newGuest(t, blk), blk: blk}, nil}
+	g = &laneGuest{&blkGuest{guest: newGuest(t, blk), blk: blk}, nil}
 	g.boot(allFeatures)
-	defer g.pci.Close()
+	t.Cleanup(func() { g.pci.Close() })
 	memory := g.mem.Regions()[0].Bytes()
-	copy(memory[g.heap:], pattern(len(memory), 1)) // it is there
+	copy(memory[g.heap:], pattern(len(memory), 1))
 	huge := func() (bytes int) {
 		smaps, err := os.ReadFile("/proc/self/smaps")
 		if err != nil {
@@ -653,7 +657,17 @@ func TestBlkGathersMemory(t *testing.T) {
 		}
 		return bytes
 	}
+	if err := unix.Madvise(memory[:guestmem.HugePage], unix.MADV_COLLAPSE); err == unix.EINVAL {
+		t.Skip("MADV_COLLAPSE of shared memory (Linux 6.1)")
+	}
 	before := huge()
+	return g, content, func() int { return huge() - before }
+}
+
+// What a disk reads and writes directly, in large requests, comes to lie in huge pages.
+func TestBlkGathersMemory(t *testing.T) {
+	g, _, gathered := gatherGuest(t)
+	g.heap = guestmem.HugePage
 	for _, n := range []int{gatherBytes / 2, gatherBytes} {
 		want := pattern(n, byte(n>>10))
 		if status, _ := g.request(blkOut, 0, want, false); status != blkOK {
@@ -662,18 +676,145 @@ func TestBlkGathersMemory(t *testing.T) {
 		if status, got := g.request(blkIn, 0, make([]byte, n), true); status != blkOK || !bytes.Equal(got, want) {
 			t.Errorf("status %d of a read, or other data", status)
 		}
-		gathered := huge() - before
-		if n < gatherBytes && gathered != 0 {
-			t.Errorf("requests of %d bytes have gathered %d", n, gathered)
-		}
-		if n >= gatherBytes && gathered == 0 {
-			if err := unix.Madvise(memory[:guestmem.HugePage], unix.MADV_COLLAPSE); err == unix.EINVAL {
-				t.Skip("MADV_COLLAPSE of shared memory (Linux 6.1)")
-			}
-			t.Errorf("requests of %d bytes have gathered nothing", n)
+		if (gathered() > 0) != (n >= gatherBytes) {
+			t.Errorf("requests of %d bytes have gathered %d", n, gathered())
 		}
 	}
 }
+
+// Requests that are held for their memory are done, whether the device is paused or not.
+func TestBlkHeldRequestsAreDone(t *testing.T) {
+	for _, paused := range []bool{false, true} {
+		t.Run(fmt.Sprintf("paused=%v", paused), func(t *testing.T) {
+			g, content, gathered := gatherGuest(t)
+			ended := make(chan struct{})
+			var pausing sync.WaitGroup
+			pausing.Go(func() {
+				for paused {
+					select {
+					case <-ended:
+						return
+					default:
+						g.pci.Pause()
+						g.pci.Resume()
+						runtime.Gosched()
+					}
+				}
+			})
+			const requests, rounds = 8, 200
+			data := func(tag int) uint64 { return guestmem.HugePage + uint64(tag*gatherBytes) }
+			add := func(tag int) {
+				at := g.heap + uint64(tag)*32
+				header := le.AppendUint64(le.AppendUint32(le.AppendUint32(nil, blkIn), 0), uint64(tag*gatherBytes/512))
+				if err := g.mem.Write(at, header); err != nil {
+					t.Fatal(err)
+				}
+				if !g.drv.add([]segment{{at, 16, false}, {data(tag), gatherBytes, true}, {at + 16, 1, true}}, false, tag) {
+					t.Fatal("ring is full")
+				}
+				if g.drv.wantsKick() {
+					g.kick(0)
+				}
+			}
+			for tag := range requests {
+				add(tag)
+			}
+			for left := requests * rounds; left > 0; left-- {
+				tag, written := g.reap(g.drv, 0)
+				if written != gatherBytes+1 {
+					t.Fatalf("%d bytes were read", written)
+				}
+				if left > requests {
+					add(tag)
+				}
+			}
+			close(ended)
+			pausing.Wait()
+			if n := gathered(); n != guestmem.HugePage {
+				t.Errorf("%d bytes are gathered of one huge page", n)
+			}
+			got := make([]byte, requests*gatherBytes)
+			if err := g.mem.Read(data(0), got); err != nil || !bytes.Equal(got, content) {
+				t.Errorf("something else was read (%v)", err)
+			}
+		})
+	}
+}
+
+// A request whose memory cannot be gathered before others have ended waits for them, but not often.
+func TestBlkHold(t *testing.T) {
+	g, _, gathered := gatherGuest(t)
+	var used, slow [2]int // pipes: what the page in use is in, and what the other request reads
+	for _, p := range []*[2]int{&used, &slow} {
+		if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(p[0])
+		defer unix.Close(p[1])
+	}
+	fd := must(unix.Eventfd(0, unix.EFD_CLOEXEC))
+	defer unix.Close(fd)
+	ring := must(aio.NewRing(fd))
+	defer ring.Close()
+	l := &blkLanes{queue: &Queue{mem: g.mem}, ring: ring}
+	memory := g.mem.Regions()[0].Bytes()[guestmem.HugePage:]
+	lane := &blkLane{lanes: l}
+	lane.chain.Write = []Buffer{{GPA: guestmem.HugePage, Data: memory[:gatherBytes]}}
+
+	page := unix.Iovec{Base: &memory[guestmem.HugePage-guestmem.PageSize], Len: guestmem.PageSize}
+	if n, err := unix.Vmsplice(used[1], []unix.Iovec{page}, 0); n != guestmem.PageSize || err != nil {
+		t.Fatal(n, err)
+	}
+	if lane.hold() {
+		t.Error("a request waits for nothing")
+	}
+	other := block.Request{Bufs: [][]byte{make([]byte, 1)}, Ring: ring}
+	begin := func() {
+		other.Enter(ended{}, 0)
+		if !ring.Start(&other, slow[0]) {
+			t.Fatal("no request was begun")
+		}
+		ring.Submit()
+	}
+	end := func() {
+		if _, err := unix.Write(slow[1], []byte{1}); err != nil {
+			t.Fatal(err)
+		}
+		for ring.UnderWay() > 0 {
+			ring.Reap()
+		}
+	}
+	begin()
+	if !lane.hold() || l.held != lane {
+		t.Error("the request does not wait")
+	}
+	end()
+	waited := time.Minute
+	l.heldSince = l.heldSince.Add(-waited)
+	if l.release() != lane || l.release() != nil {
+		t.Error("the request still waits")
+	}
+	if d := time.Until(l.noHold); d < (holdShare-1)*waited || d > holdShare*waited+time.Minute {
+		t.Errorf("after %v none waits for %v", waited, d)
+	}
+	begin()
+	if lane.hold() {
+		t.Error("a request waits at once again")
+	}
+	l.noHold = time.Time{}
+	if _, err := unix.Read(used[0], make([]byte, guestmem.PageSize)); err != nil {
+		t.Fatal(err)
+	}
+	if lane.hold() || gathered() != guestmem.HugePage {
+		t.Errorf("%d bytes are gathered of what nothing uses", gathered())
+	}
+	end()
+}
+
+// ended does not care about a request's end.
+type ended struct{}
+
+func (ended) Ended(*block.Request, int64, error) {}
 
 func TestBlkSideBySideDoesNotAllocate(t *testing.T) {
 	for _, starts := range []bool{false, true} {
