@@ -19,6 +19,7 @@ const (
 	maxExtents      = 4 << 20
 	maxManifest     = 1 << 30
 	maxLine         = 4 << 10 // of a manifest, bytes: what its reader keeps at once
+	maxName         = 255     // bytes, as of a file; six times that fits in a line, which escapes may take
 )
 
 // extent is a part of a disk that a backup holds.
@@ -203,6 +204,9 @@ func (m *manifest) decodeExtents(d *json.Decoder) error {
 
 // check tells whether it can be a disk's.
 func (m *manifest) check() error {
+	if n := max(len(m.directory), len(m.data)); n > maxName {
+		return fmt.Errorf("a name of %d bytes", n)
+	}
 	if m.size < 0 || m.number <= 0 || m.base < 0 || m.base >= m.number {
 		return fmt.Errorf("backup %d, on %d, of a disk of %d bytes", m.number, m.base, m.size)
 	}
