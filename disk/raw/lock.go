@@ -1,7 +1,9 @@
 package raw
 
 import (
+	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,8 +23,25 @@ const (
 	permResize = 3
 )
 
+// lockPatience is how long a lock is waited for. The kernel takes down the io_uring of a
+// process that was killed some 20 ms after its end, and with it the last use of its files.
+var lockPatience = 200 * time.Millisecond // tests have more
+
 // lock takes the locks of a reader or of a writer; both keep other writers out.
 func lock(fd int, readOnly bool) error {
+	for begin := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+		err := tryLock(fd, readOnly)
+		if !errors.Is(err, block.ErrInUse) || time.Since(begin) > lockPatience {
+			return err
+		}
+		if err := unlock(fd); err != nil { // so that of two that wait one gets it
+			return err
+		}
+	}
+}
+
+// tryLock is lock without waiting. It may leave some of the locks behind when it fails.
+func tryLock(fd int, readOnly bool) error {
 	uses := []int64{permRead}
 	if !readOnly {
 		uses = append(uses, permWrite, permResize)

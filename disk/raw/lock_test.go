@@ -8,7 +8,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
@@ -110,6 +112,25 @@ func TestLocksAmongUs(t *testing.T) {
 		}
 		third.Close()
 	}
+}
+
+// An image is waited for that another is about to let go of.
+func TestLockWaits(t *testing.T) {
+	defer func(d time.Duration) { lockPatience = d }(lockPatience)
+	lockPatience = time.Minute
+	path := image(t)
+	first := open(t, path, false)
+	var closing sync.WaitGroup
+	closing.Go(func() {
+		time.Sleep(20 * time.Millisecond)
+		first.Close()
+	})
+	second, err := Open(path, false)
+	closing.Wait()
+	if err != nil {
+		t.Fatal(err)
+	}
+	second.Close()
 }
 
 // TestQEMUHoldsImage: what QEMU does with the image decides what we may do.

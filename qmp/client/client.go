@@ -9,6 +9,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -88,33 +89,54 @@ func Dial(ctx context.Context, addr string) (*Client, error) {
 	return c, nil
 }
 
-// maxLate is how many responses to others may come before the greeting.
-const maxLate = 2
+// maxLate is how many responses to others may come before ours. QEMU keeps eight commands of
+// a client, and may answer those of one that left to the next.
+const maxLate = 16
 
+// negotiate begins the session. The server answers in the order of commands: so behind the
+// response to qmp_capabilities, which its id tells from others, there are none to others.
 func (c *Client) negotiate(ctx context.Context) error {
-	var greeting struct {
-		QMP *struct {
-			Version      goqemu.Version
-			Capabilities []string
-		}
-		Return, Error json.RawMessage
+	type greeting struct {
+		Version      goqemu.Version
+		Capabilities []string
 	}
-	// QEMU may answer a command of the client before, which was killed, to us.
-	for late := 0; greeting.QMP == nil; late++ {
+	id, greeted := rand.Text(), false
+	for late := 0; ; {
 		line, err := c.response(ctx)
 		if err != nil {
 			return err
 		}
-		greeting.Return, greeting.Error = nil, nil
-		err = json.Unmarshal(line, &greeting)
-		isLate := late < maxLate && (greeting.Return != nil || greeting.Error != nil)
-		if err != nil || greeting.QMP == nil && !isLate {
-			return errors.New("the server does not speak QMP")
+		var r struct {
+			QMP    *greeting
+			ID     any
+			Return json.RawMessage
+			Error  *qmp.Error
+		}
+		err = json.Unmarshal(line, &r)
+		switch {
+		case err != nil:
+			return errNoQMP
+		case r.QMP != nil && !greeted:
+			greeted = true
+			c.Version, c.Capabilities = r.QMP.Version, r.QMP.Capabilities
+			if err := c.write(fmt.Appendf(nil, `{"execute": "qmp_capabilities", "id": %q}`+"\n", id), nil); err != nil {
+				return fmt.Errorf("%w: %w", ErrConnection, err)
+			}
+		case r.Return == nil && r.Error == nil:
+			return errNoQMP
+		case greeted && r.ID == id && r.Error != nil:
+			return r.Error
+		case greeted && r.ID == id:
+			return nil
+		case late == maxLate:
+			return errNoQMP
+		default:
+			late++
 		}
 	}
-	c.Version, c.Capabilities = greeting.QMP.Version, greeting.QMP.Capabilities
-	return c.Execute(ctx, "qmp_capabilities", nil, nil)
 }
+
+var errNoQMP = errors.New("the server does not speak QMP")
 
 // Close ends the session.
 func (c *Client) Close() error {

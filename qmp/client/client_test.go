@@ -1,7 +1,6 @@
 package client_test
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -226,9 +225,10 @@ func TestImpatience(t *testing.T) {
 	}
 }
 
-// Responses to a client that was killed come before the greeting of the next one, not any number.
+// Responses to a client that was killed come before those to the next one, not any number.
 func TestLateResponses(t *testing.T) {
-	for _, late := range []int{0, 1, 2, 3} {
+	const most = 16
+	for _, c := range []struct{ before, after int }{{0, 0}, {1, 0}, {2, 1}, {0, 1}, {most, 0}, {0, most}, {most + 1, 0}, {0, most + 1}, {most, 1}} {
 		addr := filepath.Join(t.TempDir(), "s")
 		l, err := net.Listen("unix", addr)
 		if err != nil {
@@ -241,24 +241,42 @@ func TestLateResponses(t *testing.T) {
 				return
 			}
 			defer conn.Close()
-			for i := range late {
-				fmt.Fprintln(conn, []string{`{"return": {}}`, `{"error": {"class": "GenericError", "desc": "x"}}`}[i%2])
+			in := json.NewDecoder(conn)
+			answer := func(with string) bool {
+				var command struct{ ID json.RawMessage }
+				if in.Decode(&command) != nil {
+					return false
+				}
+				if command.ID != nil {
+					with += `, "id": ` + string(command.ID)
+				}
+				fmt.Fprintf(conn, "{%s}\n", with)
+				return true
 			}
+			late := func(n int) {
+				for i := range n {
+					fmt.Fprintln(conn, []string{`{"return": {"status": "late"}, "id": "1"}`, `{"error": {"class": "GenericError", "desc": "late"}}`}[i%2])
+				}
+			}
+			late(c.before)
 			fmt.Fprintln(conn, `{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}`)
-			in := bufio.NewReader(conn)
-			if _, err := in.ReadString('\n'); err != nil { // qmp_capabilities; answering before it is asked is refused
-				return
+			late(c.after)
+			if answer(`"return": {}`) && answer(`"return": {"status": "running"}`) {
+				_, _ = io.Copy(io.Discard, conn)
 			}
-			fmt.Fprintln(conn, `{"return": {}}`)
-			_, _ = io.Copy(io.Discard, in)
 		}()
-		c, err := client.Dial(t.Context(), addr)
-		if (err == nil) != (late <= 2) {
-			t.Errorf("%d late responses: %v", late, err)
+		s, err := client.Dial(t.Context(), addr)
+		if (err == nil) != (c.before+c.after <= most) {
+			t.Errorf("%+v late responses: %v", c, err)
 		}
-		if err == nil {
-			c.Close()
+		if err != nil {
+			continue
 		}
+		var v struct{ Status string }
+		if err := s.Execute(t.Context(), "query-status", nil, &v); err != nil || v.Status != "running" {
+			t.Errorf("%+v late responses: the status is %q, %v", c, v.Status, err)
+		}
+		s.Close()
 	}
 }
 
