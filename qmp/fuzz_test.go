@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"net"
+	"regexp"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -72,13 +73,16 @@ func FuzzParser(f *testing.F) {
 			}
 		}
 		trimmed := bytes.TrimSpace(data)
-		if json.Valid(trimmed) && len(trimmed) > 0 && trimmed[0] == '{' && utf8.Valid(trimmed) && !stricter(whole) {
+		if json.Valid(trimmed) && len(trimmed) > 0 && trimmed[0] == '{' && utf8.Valid(trimmed) && !stricter(whole) && !zeroExponent.Match(trimmed) {
 			if len(whole) != 1 || strings.HasPrefix(whole[0], "error ") {
 				t.Fatalf("%q is an object, and was read as %q", trimmed, whole)
 			}
 		}
 	})
 }
+
+// zeroExponent is in numbers such as 0e1, which QEMU's lexer does not take for one.
+var zeroExponent = regexp.MustCompile(`(^|[^0-9.])0[eE]`)
 
 // stricter tells whether a message was refused for what encoding/json lets pass, as QEMU's parser does.
 func stricter(messages []string) bool {
