@@ -23,20 +23,23 @@ const (
 	permResize = 3
 )
 
-// lockPatience is how long a lock is waited for. The kernel takes down the io_uring of a
-// process that was killed some 20 ms after its end, and with it the last use of its files.
-var lockPatience = 200 * time.Millisecond // tests have more
+// A lock is tried so often, with pauses in between. The kernel takes down the io_uring of
+// a process that was killed some 20 ms after its end, and with it the last use of its files.
+const lockTries = 40
+
+var pauseForLock = func() { time.Sleep(5 * time.Millisecond) }
 
 // lock takes the locks of a reader or of a writer; both keep other writers out.
 func lock(fd int, readOnly bool) error {
-	for begin := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+	for tries := 1; ; tries++ {
 		err := tryLock(fd, readOnly)
-		if !errors.Is(err, block.ErrInUse) || time.Since(begin) > lockPatience {
+		if !errors.Is(err, block.ErrInUse) || tries == lockTries {
 			return err
 		}
 		if err := unlock(fd); err != nil { // so that of two that wait one gets it
 			return err
 		}
+		pauseForLock()
 	}
 }
 

@@ -8,9 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
-	"time"
 
 	"github.com/gnomon-vmm/gnomon/disk/block"
 )
@@ -116,19 +114,17 @@ func TestLocksAmongUs(t *testing.T) {
 
 // An image is waited for that another is about to let go of.
 func TestLockWaits(t *testing.T) {
-	defer func(d time.Duration) { lockPatience = d }(lockPatience)
-	lockPatience = time.Minute
+	defer func(f func()) { pauseForLock = f }(pauseForLock)
 	path := image(t)
 	first := open(t, path, false)
-	var closing sync.WaitGroup
-	closing.Go(func() {
-		time.Sleep(20 * time.Millisecond)
+	pauses := 0
+	pauseForLock = func() {
+		pauses++
 		first.Close()
-	})
+	}
 	second, err := Open(path, false)
-	closing.Wait()
-	if err != nil {
-		t.Fatal(err)
+	if err != nil || pauses != 1 {
+		t.Fatalf("%v after %d pauses", err, pauses)
 	}
 	second.Close()
 }

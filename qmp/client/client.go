@@ -89,9 +89,9 @@ func Dial(ctx context.Context, addr string) (*Client, error) {
 	return c, nil
 }
 
-// maxLate is how many responses to others may come before ours. QEMU keeps eight commands of
-// a client, and may answer those of one that left to the next.
-const maxLate = 16
+// maxLate is how many responses to others may come before ours. QEMU does one command of a
+// client and keeps eight, and may answer those of one that left to the next.
+const maxLate = 9
 
 // negotiate begins the session. The server answers in the order of commands: so behind the
 // response to qmp_capabilities, which its id tells from others, there are none to others.

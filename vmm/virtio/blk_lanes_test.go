@@ -547,10 +547,8 @@ func TestBlkSideBySideDisks(t *testing.T) {
 	}
 }
 
-// model compares a disk of 1 MiB with an array of sectors.
-func (g *laneGuest) model(disk block.Node) {
-	g.t.Helper()
-	const requests, rounds, sectors = 40, 10, 2048
+// pauseOften pauses a device and has it go on, again and again, until stop is called.
+func pauseOften(p *PCI) (stop func()) {
 	ended := make(chan struct{})
 	var pausing sync.WaitGroup
 	pausing.Go(func() {
@@ -559,12 +557,23 @@ func (g *laneGuest) model(disk block.Node) {
 			case <-ended:
 				return
 			default:
-				g.pci.Pause()
-				g.pci.Resume()
+				p.Pause()
+				p.Resume()
 				runtime.Gosched()
 			}
 		}
 	})
+	return func() {
+		close(ended)
+		pausing.Wait()
+	}
+}
+
+// model compares a disk of 1 MiB with an array of sectors.
+func (g *laneGuest) model(disk block.Node) {
+	g.t.Helper()
+	const requests, rounds, sectors = 40, 10, 2048
+	stop := pauseOften(g.pci)
 	content := func() []byte {
 		p := make([]byte, sectors*512)
 		if err := disk.Readv([][]byte{p}, 0); err != nil {
@@ -611,8 +620,7 @@ func (g *laneGuest) model(disk block.Node) {
 			add(tag)
 		}
 	}
-	close(ended)
-	pausing.Wait()
+	stop()
 	if !bytes.Equal(content(), want) {
 		g.t.Error("the disk holds something else")
 	}
@@ -687,20 +695,10 @@ func TestBlkHeldRequestsAreDone(t *testing.T) {
 	for _, paused := range []bool{false, true} {
 		t.Run(fmt.Sprintf("paused=%v", paused), func(t *testing.T) {
 			g, content, gathered := gatherGuest(t)
-			ended := make(chan struct{})
-			var pausing sync.WaitGroup
-			pausing.Go(func() {
-				for paused {
-					select {
-					case <-ended:
-						return
-					default:
-						g.pci.Pause()
-						g.pci.Resume()
-						runtime.Gosched()
-					}
-				}
-			})
+			stop := func() {}
+			if paused {
+				stop = pauseOften(g.pci)
+			}
 			const requests, rounds = 8, 200
 			data := func(tag int) uint64 { return guestmem.HugePage + uint64(tag*gatherBytes) }
 			add := func(tag int) {
@@ -728,8 +726,7 @@ func TestBlkHeldRequestsAreDone(t *testing.T) {
 					add(tag)
 				}
 			}
-			close(ended)
-			pausing.Wait()
+			stop()
 			if n := gathered(); n != guestmem.HugePage {
 				t.Errorf("%d bytes are gathered of one huge page", n)
 			}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"math/rand/v2"
 	"runtime"
-	"sync"
 	"testing"
 )
 
@@ -179,20 +178,7 @@ func TestBlkLargeModel(t *testing.T) {
 			g := newLargeGuest(t, features, BlkConfig{Depth: 64})
 			g.disk.set(true)
 			want := g.node.content(0, 1<<20)
-			ended := make(chan struct{})
-			var pausing sync.WaitGroup
-			pausing.Go(func() {
-				for {
-					select {
-					case <-ended:
-						return
-					default:
-						g.pci.Pause()
-						g.pci.Resume()
-						runtime.Gosched()
-					}
-				}
-			})
+			stop := pauseOften(g.pci)
 			rng := rand.New(rand.NewPCG(1, 2))
 			fill := rand.NewChaCha8([32]byte{3})
 			for range 30 {
@@ -223,8 +209,7 @@ func TestBlkLargeModel(t *testing.T) {
 					}
 				}
 			}
-			close(ended)
-			pausing.Wait()
+			stop()
 			if !bytes.Equal(g.node.content(0, 1<<20), want) {
 				t.Error("the disk holds something else")
 			}
