@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/gnomon-vmm/gnomon/internal/busypoll"
 	"github.com/gnomon-vmm/gnomon/internal/passer"
 )
 
@@ -213,7 +214,7 @@ func (c *connection) prepareToWait() {
 	case !c.isAlone() && c.ring != nil:
 		// If the client shares our processor it is sending more requests, and would be
 		// interrupted by us at each.
-		yield()
+		busypoll.Yield()
 	}
 }
 

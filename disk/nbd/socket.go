@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gnomon-vmm/gnomon/internal/busypoll"
 	"github.com/gnomon-vmm/gnomon/internal/iovec"
 )
 
@@ -26,35 +27,32 @@ type socket struct {
 	hungUp bool // guarded by mu
 	closed bool // guarded by mu: fd is not ours any more
 
-	list   []unix.Iovec  // of the one that writes
-	waited time.Duration // how long the last Read did; the reader's
+	list   []unix.Iovec    // of the one that writes
+	window busypoll.Window // the reader's
 }
 
 // A client that sends a request as soon as it has the reply to the last one finds the reader
 // asleep, and to wake it takes longer than the request itself. So the reader looks for the
-// next one for pollTime, as QEMU's I/O threads do, if the last one took no longer to come. Not
-// where there are other clients, who have more use for the processor.
-const pollTime = 32 * time.Microsecond
+// next one for a while. Not where there are other clients, who have more use for the
+// processor.
+var pollSocket = busypoll.Window{Most: 32 * time.Microsecond, Worth: 64 * time.Microsecond}
 
 // lastRead is the socket that was read last.
 var lastRead atomic.Pointer[socket]
 
-// poll waits for something without sleeping, as long as that is of use, and tells whether it
-// has arrived.
+// poll looks for something for a while, and tells whether it has arrived.
 func (s *socket) poll() bool {
-	if s.waited > pollTime || runtime.NumCPU() == 1 {
+	if runtime.NumCPU() == 1 || !s.window.Open() {
 		return false
 	}
-	for begin := time.Now(); !s.pending(); {
-		if time.Since(begin) > pollTime {
+	for !s.pending() {
+		if s.window.Over() {
 			return false
 		}
 	}
+	s.window.Found()
 	return true
 }
-
-// yield lets other threads run, if there are any.
-func yield() { _, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
 
 // newSocket takes conn over, which is closed. It is nil where conn is more than a socket of
 // the kernel's: TLS, say.
@@ -81,17 +79,16 @@ func newSocket(conn net.Conn) (*socket, error) {
 	if err := unix.SetNonblock(fd, false); err != nil {
 		return nil, errors.Join(err, unix.Close(fd))
 	}
-	return &socket{fd: fd}, nil
+	return &socket{fd: fd, window: pollSocket}, nil
 }
 
 // Read implements io.Reader.
 func (s *socket) Read(p []byte) (int, error) {
 	for {
-		begin := time.Now()
 		n, err := unix.Read(s.fd, p)
-		s.waited = time.Since(begin)
-		if lastRead.Swap(s) != s {
-			s.waited = math.MaxInt64 // there are other clients
+		s.window.Woken()
+		if lastRead.Swap(s) != s { // there are other clients
+			s.window.Length = 0
 		}
 		switch {
 		case err == unix.EINTR:

@@ -5,6 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/gnomon-vmm/gnomon/internal/busypoll"
 	"github.com/gnomon-vmm/gnomon/internal/passer"
 )
 
@@ -91,10 +92,10 @@ func (m *blkMate) run() {
 			if err := m.serve(); err != nil {
 				(*m.lanes.blk.host.Load()).Fail(err)
 			}
-			yield()
+			busypoll.Yield()
 		}
 		for start := time.Now(); !m.ready() && time.Since(start) < blkMateLooks; {
-			yield()
+			busypoll.Yield()
 		}
 		passes.Pass()
 		m.asleep.Store(true)

@@ -5,41 +5,6 @@ import (
 	"time"
 )
 
-// A window grows until it spares the sleeps that it can spare, and closes where it spares
-// none; a closed one is tried again.
-func TestPollerAdapts(t *testing.T) {
-	for name, kind := range map[string]poller{"chains": pollChains, "ends": pollEnds} {
-		p := kind
-		for range 10 {
-			p.adapt(p.worth)
-		}
-		if p.window != p.most {
-			t.Errorf("%s: a window of %v after sleeps that were worth one of %v", name, p.window, p.most)
-		}
-		p = kind
-		for range 10 {
-			p.adapt(20 * time.Microsecond)
-		}
-		if p.window < 20*time.Microsecond || p.window > 40*time.Microsecond {
-			t.Errorf("%s: a window of %v for sleeps of 20 us", name, p.window)
-		}
-		p.window = p.most
-		sleeps := 0
-		for ; p.window > 0 && sleeps < 100; sleeps++ {
-			p.adapt(p.worth + 1)
-		}
-		if sleeps > 10 {
-			t.Errorf("%s: open after %d sleeps that were too long for any window", name, sleeps)
-		}
-		for range pollRetry {
-			p.adapt(p.worth + 1)
-		}
-		if p.window != pollFirst {
-			t.Errorf("%s: not tried again: a window of %v", name, p.window)
-		}
-	}
-}
-
 // countedEnds are ends of which there is one after so many looks.
 type countedEnds struct{ left, armed int }
 
@@ -58,7 +23,7 @@ func TestWorkerLooksForEnds(t *testing.T) {
 	spin := func(begun, left int, window time.Duration, news bool) bool {
 		t.Helper()
 		q.begun, e.left = begun, left
-		w.ends.window, w.chains.window = window, window
+		w.ends.Length, w.chains.Length = window, window
 		found := w.spin(news)
 		if e.armed > 0 {
 			t.Fatal("armed while it looks")
@@ -66,10 +31,10 @@ func TestWorkerLooksForEnds(t *testing.T) {
 		return found
 	}
 	const ever, never = time.Hour, 1 << 30
-	if !spin(1, 1000, ever, true) || e.left != 0 || !w.ends.idle.IsZero() {
-		t.Errorf("after 1000 looks %d are left of them; idle since %v", e.left, w.ends.idle)
+	if !spin(1, 1000, ever, true) || e.left != 0 || w.ends.Idle() {
+		t.Errorf("after 1000 looks %d are left of them; idle: %v", e.left, w.ends.Idle())
 	}
-	if spin(1, never, time.Nanosecond, true) || w.ends.idle.IsZero() {
+	if spin(1, never, time.Nanosecond, true) || !w.ends.Idle() {
 		t.Error("found what is not there, or no time to adapt by")
 	}
 	if spin(1, 1, 0, true) {

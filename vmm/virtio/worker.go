@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gnomon-vmm/gnomon/internal/busypoll"
 )
 
 // eventFD is an eventfd that KVM or Wake signals and one worker waits for.
@@ -146,7 +148,7 @@ type worker struct {
 	broken *atomic.Bool
 	state  atomic.Uint32
 	// chains polls for chains, ends for the end of what has been begun, and for chains.
-	chains, ends poller
+	chains, ends busypoll.Window
 	done         chan struct{} // closed when the goroutine has ended
 }
 
@@ -183,15 +185,12 @@ func (w *worker) run() {
 		if w.state.CompareAndSwap(workerRunning, workerIdle) {
 			runtime.Gosched() // as a passer.Passer does
 			w.event.wait()
-			w.chains.woken()
-			w.ends.woken()
+			w.chains.Woken()
+			w.ends.Woken()
 		}
 		w.state.Store(workerRunning)
 	}
 }
-
-// yield gives the processor to another thread that needs it.
-func yield() { _, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
 
 // serve calls Handle until there is nothing to do. It returns true when the
 // gate wants the worker out before that is certain, and nothing is under way that Handle
@@ -240,7 +239,7 @@ func (w *worker) spin(news bool) bool {
 	case w.queue.aside || w.gate.hold.Load():
 		return false
 	case w.queue.begun > 0:
-		return w.ends.spin(w, news)
+		return w.look(&w.ends, news)
 	}
-	return news && w.chains.spin(w, true)
+	return news && w.look(&w.chains, true)
 }
